@@ -1,0 +1,135 @@
+"""What each dimension of a weight means, for every module class that Niwaki prunes.
+
+A weight of shape ``[d0, d1, ...]`` is read as a view with named roles: ``stack`` (matrices stacked along the outputs, such as the
+four gates of an LSTM), ``group`` (of a grouped convolution), ``output``, ``input`` and ``kernel``. The view splits dimensions but
+never reorders them, so the flat index of an element is the same in the weight and in its view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from niwaki.errors import InputError
+
+ROLES = ("stack", "group", "output", "input", "kernel")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The roles of a weight's dimensions after splitting.
+
+    Attributes:
+        roles: one role for each dimension of the view, in memory order.
+        shape: sizes of the view; its product is the number of elements of the weight.
+        shared_stack: whether output *i* of all stacked matrices is one unit (the gates of an LSTM), rather than separate ones.
+        embedding: whether the input is a vocabulary (excluded from the default target).
+    """
+
+    roles: tuple[str, ...]
+    shape: tuple[int, ...]
+    shared_stack: bool = False
+    embedding: bool = False
+
+    def __post_init__(self) -> None:
+        assert len(self.roles) == len(self.shape), (self.roles, self.shape)
+        assert set(self.roles) <= set(ROLES), self.roles
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    def size(self, role: str) -> int:
+        """Return the product of the sizes of all dimensions with this role (1 when there is none)."""
+        return prod(n for r, n in zip(self.roles, self.shape, strict=True) if r == role)
+
+    @property
+    def outputs(self) -> int:
+        """Output channels of the module: stacked matrices and groups counted."""
+        return self.size("stack") * self.size("group") * self.size("output")
+
+    @property
+    def inputs(self) -> int:
+        """Input channels of the module: groups counted."""
+        return self.size("group") * self.size("input")
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Sizes of the kernel's dimensions, which are always the last ones; empty when there are none."""
+        return tuple(n for r, n in zip(self.roles, self.shape, strict=True) if r == "kernel")
+
+
+def _linear(module: nn.Module, name: str, shape: Sequence[int]) -> Layout:
+    return Layout(("output", "input"), tuple(shape))
+
+
+def _convolution(module: Any, name: str, shape: Sequence[int]) -> Layout:
+    groups = module.groups
+    return _grouped(("output", "input"), groups, shape)
+
+
+def _transposed_convolution(module: Any, name: str, shape: Sequence[int]) -> Layout:
+    return _grouped(("input", "output"), module.groups, shape)
+
+
+def _grouped(order: tuple[str, str], groups: int, shape: Sequence[int]) -> Layout:
+    kernel = ("kernel",) * (len(shape) - 2)
+    if groups == 1:
+        return Layout((*order, *kernel), tuple(shape))
+    return Layout(("group", *order, *kernel), (groups, shape[0] // groups, *shape[1:]))
+
+
+def _embedding(module: nn.Module, name: str, shape: Sequence[int]) -> Layout:
+    return Layout(("input", "output"), tuple(shape), embedding=True)
+
+
+def _attention(module: nn.Module, name: str, shape: Sequence[int]) -> Layout:
+    if name == "in_proj_weight":
+        return Layout(("stack", "output", "input"), (3, shape[0] // 3, shape[1]))
+    return Layout(("output", "input"), tuple(shape))
+
+
+def _recurrent(module: Any, name: str, shape: Sequence[int]) -> Layout:
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1) if isinstance(module, nn.RNNBase) else shape[0] // int(module.hidden_size)
+    if gates == 1 or name.startswith("weight_hr"):
+        return Layout(("output", "input"), tuple(shape))
+    return Layout(("stack", "output", "input"), (gates, shape[0] // gates, shape[1]), shared_stack=True)
+
+
+Rule = Callable[[Any, str, Sequence[int]], Layout]
+
+TABLE: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[str], bool], Rule]] = [
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), lambda n: n == "weight", _transposed_convolution),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), lambda n: n == "weight", _convolution),
+    (nn.Linear, lambda n: n == "weight", _linear),
+    ((nn.Embedding, nn.EmbeddingBag), lambda n: n == "weight", _embedding),
+    (nn.MultiheadAttention, lambda n: n in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), _attention),
+    ((nn.RNNBase, nn.RNNCellBase), lambda n: n.startswith("weight_"), _recurrent),
+]
+"""Module class, which of its own parameters are weights, and the rule that gives their layout. The first match counts."""
+
+
+def layout_of(module: nn.Module, name: str, shape: Sequence[int] | torch.Size) -> Layout | None:
+    """Return the layout of the module's own parameter ``name``, or None when it is not a weight that the table knows.
+
+    ``shape`` is the shape of the parameter, which may be a shard of the whole along its first dimension.
+
+    Raises:
+        InputError: the first dimension does not split into the module's groups or stacked matrices, which only a shard's may not.
+    """
+    for classes, matches, rule in TABLE:
+        if isinstance(module, classes) and matches(name):
+            layout = rule(module, name, shape)
+            if layout.elements != prod(shape):
+                raise InputError(
+                    f"{type(module).__name__}.{name} of shape {tuple(shape)} does not split into the module's groups or stacked matrices;"
+                    " a shard must hold whole ones"
+                )
+            return layout
+    return None
