@@ -1,0 +1,62 @@
+"""Which elements of a tensor learn, given its mask.
+
+The policy acts on the gradient at the step boundary. Everything but ``active`` needs a relaxation that keeps dense weights beside
+the published ones: in a hard-masked tensor a pruned weight has no value that could learn.
+"""
+
+from typing import ClassVar
+
+from niwaki.component import Component, Fraction
+
+
+class GradientPolicy(Component):
+    """Base of the slot ``gradient``."""
+
+    slot = "gradient"
+
+    weights_learn: ClassVar[bool] = True
+    """Whether the weights take part in the step at all (otherwise only a relaxation's own parameters do)."""
+
+    masked: ClassVar[bool] = True
+    """Whether the gradient is zero outside a set of elements: the active ones, or the superset."""
+
+
+class Active(GradientPolicy):
+    """Only active elements learn: the gradient is zero where the mask is."""
+
+    name = "active"
+    equation = "g <- M * g"
+    source = "the usual policy of pruning with retraining (Han et al. 2015)"
+
+
+class Dense(GradientPolicy):
+    """All elements learn: pruned ones take the gradient at the pruned model, as with a straight-through estimator."""
+
+    name = "dense"
+    equation = "w_t+1 = w_t - lr * g(M * w_t)"
+    source = "Lin, Stich, Barba, Dmitriev, Jaggi 2020 (DPF)"
+    masked = False
+
+
+class Frozen(GradientPolicy):
+    """No weight learns; only the relaxation's own parameters (scores) do."""
+
+    name = "frozen"
+    equation = "w_t+1 = w_t"
+    source = "Zhou, Lan, Liu, Yosinski 2019 (supermasks); Ramanujan et al. 2020 (edge-popup)"
+    weights_learn = False
+    masked = False
+
+
+class Superset(GradientPolicy):
+    """The active elements and the next best ones learn: a second selection at a lower sparsity by the same scores.
+
+    Attributes:
+        sparsity: share of the targets outside the superset, in [0, 1), below the recipe's sparsity.
+    """
+
+    name = "superset"
+    equation = "g <- B * g, B = top (1 - sparsity) by saliency, B contains M"
+    source = "Jayakumar, Pascanu, Rae, Osindero, Elsen 2020 (Top-KAST)"
+
+    sparsity: Fraction

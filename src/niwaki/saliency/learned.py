@@ -1,0 +1,30 @@
+"""Scores that training itself learned."""
+
+from torch import Tensor
+
+from niwaki.saliency.base import Observation, Reduce, Saliency, at_least_float32
+
+
+class Score(Saliency):
+    """The score that the relaxation learns for each weight, summed over the piece.
+
+    Source: Sanh et al. 2020 (movement pruning).
+
+    >>> import torch
+    >>> from niwaki.saliency import Observation, Score
+    >>> Score().score(Observation("weight", torch.zeros(2), score=torch.tensor([-1.0, 2.0])), lambda values: values)
+    tensor([-1.,  2.])
+    """
+
+    name = "score"
+    equation = "s = Σ learned score over the piece"
+    source = "Sanh et al. 2020"
+    needs = frozenset({"score"})
+
+    def score(self, seen: Observation, reduce: Reduce) -> Tensor:
+        """Return float64 scores, or the dtype of the learned ones (float32 at least) where pieces are single weights.
+
+        Raises:
+            InputError: no relaxation learns a score for the tensor.
+        """
+        return reduce(at_least_float32(self._needed(seen.score, seen, "learned score (a relaxation that learns one is needed)")))
