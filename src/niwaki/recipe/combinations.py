@@ -1,0 +1,269 @@
+"""Choices that cannot go together: one small function for each rule, each with a sentence that names the field and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from niwaki.clock import Time
+from niwaki.component import REGISTRY, Component, Missing
+from niwaki.relaxation import Relaxation
+from niwaki.schedule import Listed, OneShot, Phases, Ramp
+
+if TYPE_CHECKING:
+    from niwaki.recipe.recipe import Slots
+
+RANKING = ("saliency", "normalization", "allocation", "schedule", "selection", "growth")
+"""Slots that only mean something where pieces are ranked and counted."""
+
+TOLERANCE = 1e-9
+"""Two sparsities that were computed differently are the same within this."""
+
+
+def problems(recipe: Slots, given: Collection[str]) -> Iterator[str]:
+    """Yield one line for each impossible combination.
+
+    A rule is not asked about components that this version cannot run.
+
+    Args:
+        recipe: with all slots filled.
+        given: the fields that were said, rather than left at their defaults.
+    """
+    for slots, rule in RULES:
+        if all(known(getattr(recipe, slot)) for slot in slots):
+            problem = rule(recipe, given)
+            if problem is not None:
+                yield problem
+
+
+def known(component: Component | None) -> bool:
+    """Return whether a slot is filled with a component of this version."""
+    return component is not None and not isinstance(component, Missing)
+
+
+def name_of(component: Component) -> str:
+    """Return the name that a recipe has for a component, also for one that this version cannot run."""
+    return component.component if isinstance(component, Missing) else component.name
+
+
+def decides(relaxation: Relaxation) -> bool:
+    """Return whether the relaxation's strength decides how sparse the model gets (planned ones all do)."""
+    return isinstance(relaxation, Missing) or relaxation.decides
+
+
+def fixed_sparsity(recipe: Slots) -> tuple[str, float] | None:
+    """Return the sparsity that the granularity or the schedule fixes, after the field that does, or None."""
+    if known(recipe.granularity) and recipe.granularity.sparsity is not None:
+        return f"granularity.{recipe.granularity.name}", recipe.granularity.sparsity
+    if isinstance(recipe.schedule, Listed):
+        return "schedule.list", recipe.schedule.sparsity[-1]
+    return None
+
+
+def _choices(slot: str, accepted: Callable[[type[Component]], bool]) -> str:
+    """Return the names of a slot's components that pass, for an error message."""
+    return ", ".join(sorted(name for name, cls in REGISTRY.get(slot, {}).items() if accepted(cls)))
+
+
+def _relaxations(trait: str) -> str:
+    return _choices("relaxation", lambda cls: bool(getattr(cls, trait)))
+
+
+def _updating_schedules() -> str:
+    return _choices("schedule", lambda cls: cls.name != "one_shot")
+
+
+def _is_at_start(recipe: Slots) -> bool:
+    return isinstance(recipe.schedule, OneShot) and recipe.schedule.moment.value == 0
+
+
+def sparsity_is_the_fixed_one(recipe: Slots, given: Collection[str]) -> str | None:
+    """N:M and a list of sparsities say themselves where they end."""
+    fixed = fixed_sparsity(recipe)
+    if fixed is None or recipe.sparsity is None or abs(recipe.sparsity - fixed[1]) <= TOLERANCE:
+        return None
+    return f"sparsity: {recipe.sparsity!r} contradicts {fixed[0]}, which ends at {fixed[1]:.12g}; drop it or say {fixed[1]:.12g}"
+
+
+def list_ends_as_pattern(recipe: Slots, given: Collection[str]) -> str | None:
+    """A list of sparsities that ends elsewhere than N:M does."""
+    fixed = recipe.granularity.sparsity
+    if not isinstance(recipe.schedule, Listed) or fixed is None or abs(recipe.schedule.sparsity[-1] - fixed) <= TOLERANCE:
+        return None
+    last = recipe.schedule.sparsity[-1]
+    return f"schedule.list: its last sparsity {last!r} contradicts granularity.{recipe.granularity.name}, which fixes {fixed:.12g}"
+
+
+def pattern_fixes_layers(recipe: Slots, given: Collection[str]) -> str | None:
+    """N:M gives every layer the same sparsity."""
+    if recipe.granularity.sparsity is None or recipe.allocation.name in ("uniform", "global"):
+        return None
+    granularity, allocation = recipe.granularity.name, recipe.allocation.name
+    return f"allocation: {allocation!r} differs between layers, and granularity {granularity!r} fixes all of them; choices: uniform, global"
+
+
+def sparsity_is_given(recipe: Slots, given: Collection[str]) -> str | None:
+    """A selection by count needs a count, unless nothing is to be masked or a relaxation decides."""
+    if recipe.final_sparsity is not None or decides(recipe.relaxation):
+        return None
+    asked = next((slot for slot in RANKING if slot in given), None)
+    if asked is None and (recipe.penalty is not None or not recipe.must_mask):
+        return None
+    what = "" if asked is None else f" for the {asked} to act on"
+    return f"sparsity: missing; say what share of the target is to be masked{what}, in [0, 1)"
+
+
+def strength_decides(recipe: Slots, given: Collection[str]) -> str | None:
+    """Where the strength of a relaxation decides, a sparsity is possible only as a final cut by its learned score."""
+    name = recipe.relaxation.name
+    if not decides(recipe.relaxation):
+        return None
+    if recipe.final_sparsity is None:
+        useless = next((slot for slot in RANKING if slot in given), None)
+        if useless is None:
+            return None
+        return f"{useless}: has no effect, as the strength of relaxation {name!r} decides; drop it, or add sparsity for a final cut"
+    if isinstance(recipe.schedule, OneShot) and not _is_at_start(recipe) and "score" in recipe.saliency.needs:
+        return None
+    return (
+        f"sparsity: the strength of relaxation {name!r} decides it; drop it, or make a final exact cut with saliency: score and"
+        " schedule: {one_shot: {at: 1 run}}"
+    )
+
+
+def score_is_learned(recipe: Slots, given: Collection[str]) -> str | None:
+    """A learned score needs a relaxation that learns one."""
+    if "score" not in recipe.saliency.needs or recipe.relaxation.has_scores:
+        return None
+    saliency, relaxation = recipe.saliency.name, recipe.relaxation.name
+    return f"saliency: {saliency!r} needs a relaxation that learns scores, not {relaxation!r}; choices: {_relaxations('has_scores')}"
+
+
+def score_is_used(recipe: Slots, given: Collection[str]) -> str | None:
+    """Scores that nothing ranks by would be learned for nothing, and so would scores that are ranked only before they learn."""
+    name = recipe.relaxation.name
+    if not recipe.relaxation.has_scores or decides(recipe.relaxation):
+        return None
+    if "score" not in recipe.saliency.needs:
+        return f"saliency: {recipe.saliency.name!r} does not rank by the scores that relaxation {name!r} learns; choices: score"
+    if _is_at_start(recipe):
+        return (
+            f"schedule: 'one_shot' at the start ranks by the scores of relaxation {name!r} before they have learned; choices:"
+            f" {{one_shot: {{at: 1 run}}}}, {_updating_schedules()}"
+        )
+    return None
+
+
+def growth_is_reached(recipe: Slots, given: Collection[str]) -> str | None:
+    """Growth happens at updates after the first."""
+    if recipe.growth.name == "none" or not isinstance(recipe.schedule, OneShot):
+        return None
+    return f"growth: {recipe.growth.name!r} needs a schedule that updates again, and 'one_shot' does not; choices: {_updating_schedules()}"
+
+
+def growth_keeps_pattern(recipe: Slots, given: Collection[str]) -> str | None:
+    """Growing wherever it is best would put more than N into a group of M."""
+    if recipe.granularity.sparsity is None or not recipe.growth.grows:
+        return None
+    return f"growth: {recipe.growth.name!r} grows across the groups of granularity {recipe.granularity.name!r}; choices: none, all"
+
+
+def growth_needs_hard_masks(recipe: Slots, given: Collection[str]) -> str | None:
+    """Where dense weights are kept, what comes back is decided by their values."""
+    growth, relaxation = recipe.growth.name, recipe.relaxation.name
+    if growth == "none" or not recipe.relaxation.keeps_dense_weights:
+        return None
+    return (
+        f"growth: {growth!r} needs relaxation: hard; with {relaxation!r} pruned weights are kept and come back by themselves; choices: none"
+    )
+
+
+def growth_leaves_steps(recipe: Slots, given: Collection[str]) -> str | None:
+    """Skipping the step of every update while every step updates would never train."""
+    every: Time | None = getattr(recipe.schedule, "every", None)
+    if not recipe.growth.grows or recipe.growth.at_update != "skip_step":
+        return None
+    if every is None or every.unit != "steps" or round(every.value) > 1:
+        return None
+    return f"growth.{recipe.growth.name}: at_update 'skip_step' with an update at every step never trains; choices: step, or a longer every"
+
+
+def falling_sparsity_grows(recipe: Slots, given: Collection[str]) -> str | None:
+    """Hard-masked weights come back only by growth."""
+    schedule, final = recipe.schedule, recipe.final_sparsity
+    if recipe.growth.name != "none" or recipe.relaxation.keeps_dense_weights:
+        return None
+    falls = None
+    if isinstance(schedule, Ramp) and final is not None and schedule.initial > final:
+        falls = f"from {schedule.initial!r} to {final!r}"
+    elif isinstance(schedule, Listed):
+        falls = next((f"from {a!r} to {b!r}" for a, b in pairwise(schedule.sparsity) if b < a), None)
+    elif isinstance(schedule, Phases) and schedule.dense and max(schedule.dense) > min(schedule.sparse):
+        falls = "to 0 in the dense phases"
+    if falls is None:
+        return None
+    choices = _choices("growth", lambda cls: cls.name != "none")
+    return f"growth: 'none' brings nothing back, and the sparsity of schedule {schedule.name!r} falls {falls}; choices: {choices}"
+
+
+def gradient_has_weights(recipe: Slots, given: Collection[str]) -> str | None:
+    """A pruned weight can learn only if something keeps it; no weight may learn only if scores do."""
+    gradient, relaxation = recipe.gradient.name, recipe.relaxation.name
+    if gradient == "active":
+        return None
+    if not recipe.relaxation.keeps_dense_weights:
+        choices = f"active, or relaxation {_relaxations('keeps_dense_weights')}"
+        return f"gradient: {gradient!r} needs a relaxation that keeps dense weights, not {relaxation!r}; choices: {choices}"
+    if not recipe.gradient.weights_learn and not recipe.relaxation.has_scores:
+        choices = f"active, dense, or relaxation {_relaxations('has_scores')}"
+        return f"gradient: {gradient!r} with relaxation {relaxation!r} would train nothing; choices: {choices}"
+    return None
+
+
+def superset_is_larger(recipe: Slots, given: Collection[str]) -> str | None:
+    """The superset contains the active weights and more."""
+    outer: float | None = getattr(recipe.gradient, "sparsity", None)
+    final = recipe.final_sparsity
+    if outer is None:
+        return None
+    where = f"gradient.{recipe.gradient.name}.sparsity"
+    if final is None:
+        return f"{where}: a superset of what? give the recipe a sparsity, or choose gradient: active or dense"
+    return None if outer < final else f"{where}: {outer!r} must be below the recipe's sparsity, {final!r}"
+
+
+def penalty_has_superset(recipe: Slots, given: Collection[str]) -> str | None:
+    """The exploration penalty is about the superset."""
+    assert recipe.penalty is not None
+    if recipe.penalty.name != "exploration_l2" or recipe.gradient.name == "superset":
+        return None
+    return f"penalty: 'exploration_l2' needs gradient: {{superset: {{sparsity: S}}}}, not {recipe.gradient.name!r}"
+
+
+def memory_has_gradients(recipe: Slots, given: Collection[str]) -> str | None:
+    """Only what is sent has a remainder that was not."""
+    if recipe.memory is None or name_of(recipe.target) == "gradients":
+        return None
+    return f"memory: {name_of(recipe.memory)!r} is of gradients that were not sent; it needs target: gradients"
+
+
+RULES: tuple[tuple[tuple[str, ...], Callable[[Slots, Collection[str]], str | None]], ...] = (
+    (("granularity", "schedule"), list_ends_as_pattern),
+    ((), sparsity_is_the_fixed_one),
+    (("saliency", "relaxation"), score_is_learned),
+    (("saliency", "relaxation", "schedule"), score_is_used),
+    (("saliency", "relaxation", "schedule", "selection"), strength_decides),
+    (("selection",), sparsity_is_given),
+    (("granularity", "allocation"), pattern_fixes_layers),
+    (("growth", "schedule"), growth_is_reached),
+    (("growth", "granularity"), growth_keeps_pattern),
+    (("growth", "relaxation"), growth_needs_hard_masks),
+    (("growth", "schedule"), growth_leaves_steps),
+    (("growth", "relaxation", "schedule"), falling_sparsity_grows),
+    (("gradient", "relaxation"), gradient_has_weights),
+    (("gradient",), superset_is_larger),
+    (("penalty", "gradient"), penalty_has_superset),
+    ((), memory_has_gradients),
+)
+"""The slots that a rule is about, and the rule; the first one that is broken is told."""

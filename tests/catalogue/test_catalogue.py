@@ -1,0 +1,262 @@
+"""The catalogue: complete rows, valid recipes with the published settings, and the rules of ``method``."""
+
+import re
+from importlib.resources import files
+
+import pytest
+from ruamel.yaml import YAML
+
+from niwaki.catalogue import CHAPTERS, METHODS, Columns, method, parse_rows
+from niwaki.clock import Clock
+from niwaki.errors import InputError
+from niwaki.recipe import Recipe
+
+# name -> (row of the survey's table, its columns in the survey's own codes, year of the cited work)
+SURVEY = {
+    "iterative_magnitude": (44, "W | it | mag | - | sens | L2", 2015),
+    "gmp": (67, "W | grad | mag | - | uni | -", 2018),
+    "dsd": (61, "W | alt | mag | all | uni | L2", 2017),
+    "acdc": (254, "W | alt | mag | all | glob | -", 2021),
+    "static_erk": (None, "W | init | rand | - | erk | -", 2020),
+    "static_uniform": (None, "W | init | rand | - | uni | -", 2020),
+    "snip": (109, "W | init | gw | - | glob | -", 2019),
+    "magnitude": (3, "W | post/it | mag | - | glob | -", 1989),
+    "random": (99, "U | it | rand | - | uni | -", 2018),
+    "str": (140, "W | cont | thr | impl | lrn | L2", 2020),
+    "set": (101, "W | dyn | mag | rand | er | -", 2018),
+    "rigl": (119, "W | dyn | mag | grd | er/erk/uni | -", 2020),
+    "top_kast": (120, "W | dyn | mag | sup | uni | exploration", 2020),
+}
+
+# Published settings, written out as components: slot -> data
+PUBLISHED = {
+    "iterative_magnitude": {"sparsity": 0.89, "allocation": "uniform", "saliency": "magnitude"},
+    "gmp": {"allocation": "uniform", "saliency": "magnitude", "schedule": "cubic"},
+    "dsd": {"sparsity": 0.3, "growth": "all", "schedule": "phases"},
+    "acdc": {"sparsity": 0.9, "allocation": "global", "growth": "all", "schedule": "phases"},
+    "static_erk": {"saliency": "random", "allocation": "erdos_renyi_kernel", "schedule": "one_shot"},
+    "static_uniform": {"saliency": "random", "allocation": "uniform", "schedule": "one_shot"},
+    "snip": {"saliency": "snip", "allocation": "global", "schedule": "one_shot"},
+    "magnitude": {"saliency": "magnitude", "allocation": "global", "schedule": "one_shot"},
+    "random": {"saliency": "random", "allocation": "uniform", "schedule": "one_shot"},
+    "str": {"sparsity": None, "relaxation": "soft_threshold"},
+    "set": {"saliency": "magnitude", "allocation": "erdos_renyi", "growth": "random", "schedule": "constant"},
+    "rigl": {"sparsity": 0.9, "saliency": "magnitude", "allocation": "erdos_renyi_kernel", "growth": "gradient", "schedule": "constant"},
+    "top_kast": {"sparsity": 0.9, "relaxation": "latent", "gradient": "superset", "penalty": "exploration_l2", "allocation": "uniform"},
+}
+
+
+def test_the_catalogue_has_exactly_these_methods():
+    assert list(METHODS) == list(SURVEY)
+    assert len(METHODS) == 13
+    assert "rigl" in METHODS
+    assert "rigel" not in METHODS
+    with pytest.raises(TypeError):
+        METHODS["new"] = METHODS["rigl"]
+
+
+@pytest.mark.parametrize("name", SURVEY)
+def test_a_row_is_complete(name):
+    row = METHODS[name]
+    number, columns, year = SURVEY[name]
+    assert row.name == name
+    assert (row.row, row.year) == (number, year)
+    assert " | ".join("/".join(codes) or "-" for _, codes in row.columns) == columns
+    words = row.columns.in_words()
+    assert list(words) == ["what", "when", "criterion", "growth", "budget", "regularization"]
+    assert all((text == "-") == (codes == ()) for text, (_, codes) in zip(words.values(), row.columns, strict=True))
+    assert all(len(text) > 1 or text == "-" for text in words.values())
+    assert re.fullmatch(r"[346]\.\d", row.section)
+    citation = row.citation
+    assert all(len(text) > 3 for text in (row.title, citation.authors, citation.title, citation.venue) if text not in ("STR", "RigL"))
+    assert str(citation) == f"{citation.authors}. {citation.title}. {citation.venue}, {citation.year}."
+    assert row.fidelity in ("exact", "simplified")
+    assert row.differs
+    assert all(note.endswith((".", ".)")) for note in row.differs)
+
+
+@pytest.mark.parametrize("name", SURVEY)
+def test_a_rows_recipe_runs_with_the_published_settings(name):
+    recipe = METHODS[name].recipe
+    recipe.require_complete()
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    for slot, expected in PUBLISHED[name].items():
+        chosen = getattr(recipe, slot)
+        assert (chosen if slot == "sparsity" else chosen.name) == expected
+    recipe.schedule.validate_with(Clock(total_steps=1000, steps_per_epoch=50))
+    assert method(name) == recipe
+
+
+def updates(recipe, total, per_epoch):
+    clock = Clock(total_steps=total, steps_per_epoch=per_epoch)
+    found = ((step, recipe.schedule.at(step, recipe.final_sparsity, clock)) for step in range(total + 1))
+    return {step: sparsity for step, sparsity in found if sparsity is not None}
+
+
+def test_the_published_times_hold_for_a_run_of_any_length():
+    # AC/DC: 100 epochs of 7 steps, at the epochs of the published configuration
+    sparse, dense = [*range(10, 80, 10), 85], [0, *range(15, 75, 10), 75]
+    expected = {7 * e: 0.9 for e in sparse} | {7 * e: 0.0 for e in dense}
+    assert updates(METHODS["acdc"].recipe, 700, 7) == dict(sorted(expected.items()))
+    # GMP: Gale et al. prune ResNet-50 from step 40k to 100k of 128k, every 2k
+    gmp = updates(METHODS["gmp"].recipe, 128_000, 1000)
+    assert list(gmp) == list(range(40_000, 100_001, 2_000))
+    assert gmp[100_000] == 0.9
+    assert gmp[70_000] == pytest.approx(0.9 * (1 - 0.5**3), abs=1e-12)
+    # RigL: every 100 steps, over three quarters of the run; 32k steps in the paper
+    assert list(updates(METHODS["rigl"].recipe, 32_000, 1000)) == list(range(0, 24_001, 100))
+    # SET: after every epoch
+    assert list(updates(METHODS["set"].recipe, 100, 20)) == [0, 20, 40, 60, 80, 100]
+    # Han: the same share of what is left ten times, with equal times between
+    han = updates(METHODS["iterative_magnitude"].recipe, 1000, 100)
+    assert list(han) == list(range(300, 931, 70))
+    assert [1 - s for s in han.values()] == pytest.approx([0.11 ** (c / 10) for c in range(1, 11)], rel=1e-12)
+    # DSD: thirds
+    assert updates(METHODS["dsd"].recipe, 3000, 100) == {0: 0.0, 999: 0.3, 2001: 0.0}
+    # Top-KAST: every step
+    assert set(updates(METHODS["top_kast"].recipe, 50, 10)) == set(range(51))
+
+
+@pytest.mark.parametrize("name", [name for name in SURVEY if name not in ("str", "top_kast")])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
+def test_a_sparsity_replaces_the_published_one_and_nothing_else(name, sparsity):
+    recipe = method(name, sparsity=sparsity)
+    assert recipe.sparsity == sparsity
+    assert recipe.to_data() == METHODS[name].recipe.to_data() | {"sparsity": sparsity}
+
+
+def test_fields_replace_slots():
+    recipe = method("rigl", sparsity=0.5, allocation="uniform", granularity="4x1", growth={"gradient": {"fraction": 0.1}})
+    assert recipe.to_data() == {
+        "sparsity": 0.5,
+        "granularity": {"block": {"rows": 4, "columns": 1}},
+        "saliency": "magnitude",
+        "allocation": "uniform",
+        "schedule": METHODS["rigl"].recipe.to_data()["schedule"],
+        "growth": {"gradient": {"fraction": 0.1}},
+    }
+    assert "growth" not in method("dsd", growth=None, schedule="one_shot").to_data()
+
+
+def test_a_fixed_sparsity_takes_the_place_of_the_published_one():
+    assert method("gmp", granularity="2:4").final_sparsity == 0.5
+    assert method("magnitude", schedule={"list": {"sparsity": [0.25, 0.75], "every": "1 epochs"}}).final_sparsity == 0.75
+    with pytest.raises(InputError, match=r"^sparsity: 0\.9 contradicts granularity\.n_m"):
+        method("gmp", sparsity=0.9, granularity="2:4")
+
+
+def test_a_final_cut():
+    assert method("str", sparsity=0.8, cut=True).to_data() == {
+        "sparsity": 0.8,
+        "saliency": "score",
+        "allocation": "global",
+        "schedule": {"one_shot": {"at": "1 run"}},
+        "relaxation": METHODS["str"].recipe.to_data()["relaxation"],
+    }
+    assert method("str", sparsity=0.8, cut=True, allocation="uniform").allocation.name == "uniform"
+    assert not METHODS["str"].takes_sparsity
+    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == ["str"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"name": "rigel"}, "unknown method 'rigel'; did you mean 'rigl'? choices: acdc, dsd, gmp, "),
+        (
+            {"name": "str", "sparsity": 0.9},
+            "sparsity: the strength of 'str' decides it; drop it, or ask for a final exact cut by its learned score (cut)",
+        ),
+        ({"name": "str", "cut": True}, "cut: needs the sparsity to cut to"),
+        ({"name": "gmp", "sparsity": 0.9, "cut": True}, "cut: 'gmp' reaches its sparsity without a final cut; choices: str"),
+        ({"name": "gmp", "sparsity": 1.5}, "sparsity: must be in [0, 1), got 1.5"),
+        ({"name": "gmp", "alocation": "global"}, "unknown field 'alocation'; did you mean 'allocation'? choices: "),
+        ({"name": "gmp", "allocation": "globl"}, "allocation: unknown component 'globl'; did you mean 'global'? choices: "),
+        ({"name": "gmp", "relaxation": "hart"}, "relaxation: unknown component 'hart'; did you mean 'hard'? choices: "),
+        ({"name": "gmp", "granularity": "5:4"}, "granularity"),
+        ({"name": "top_kast", "sparsity": 0.8}, "gradient.superset.sparsity: 0.8 must be below the recipe's sparsity, 0.8"),
+        ({"name": "rigl", "schedule": "one_shot"}, "growth: 'gradient' needs a schedule that updates again"),
+    ],
+)
+def test_errors_are_one_line(arguments, said):
+    with pytest.raises(InputError) as error:
+        method(**arguments)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+ROW = """
+name:
+  title: A method
+  citation: {authors: A. Author, title: A work, venue: A venue, year: 2020}
+  section: "4.1"
+  row: 1
+  columns: {what: [W], when: [it], criterion: [mag], growth: [], budget: [uni], regularization: []}
+  fidelity: exact
+  differs: []
+  recipe: {sparsity: 0.5}
+"""
+
+
+def row(**changes):
+    data = YAML(typ="safe").load(ROW)
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        inner = data["name"]
+        for parent in parents:
+            inner = inner[parent]
+        if value is None:
+            del inner[key]
+        else:
+            inner[key] = value
+    return data
+
+
+def test_a_good_row_is_read():
+    assert parse_rows(row(), "file.yaml")["name"].recipe == Recipe(sparsity=0.5)
+    assert parse_rows(row(row=None), "file.yaml")["name"].row is None
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([1], "file.yaml: expected a mapping from names to rows, got [1]"),
+        ({"name": 3}, "file.yaml: name: expected a mapping of fields, got 3"),
+        (row(title=None), "file.yaml: name: title: this field is required"),
+        (row(title=""), "file.yaml: name: title: "),
+        (row(titel="x"), "file.yaml: name: unknown field 'titel'; did you mean 'title'?"),
+        (row(name="other"), "file.yaml: name: name: the key of a row is its name"),
+        (row(citation__venue=None), "file.yaml: name: citation.venue: this field is required"),
+        (row(citation__year="soon"), "file.yaml: name: citation.year: "),
+        (row(section="chapter 4"), "file.yaml: name: section: "),
+        (row(row=261), "file.yaml: name: row: "),
+        (row(fidelity="close"), "file.yaml: name: fidelity: Input should be 'exact' or 'simplified', got 'close'"),
+        (row(differs=[""]), "file.yaml: name: differs[0]: "),
+        (row(columns__what=["V"]), "file.yaml: name: columns.what: unknown code 'V'; choices: A, B, D, "),
+        (row(columns__budget=None), "file.yaml: name: columns.budget: this field is required"),
+        (row(columns__how=["W"]), "file.yaml: name: columns: unknown field 'how'"),
+        (row(recipe={"sparsity": 2}), "file.yaml: name: recipe.sparsity: must be in [0, 1), got 2"),
+        (
+            row(recipe={"sparsity": 0.5, "saliency": "magnitud"}),
+            "file.yaml: name: recipe.saliency: unknown component 'magnitud'; did you mean 'magnitude'?",
+        ),
+        (row(recipe="gmp"), "file.yaml: name: recipe: a recipe is a mapping of fields, got 'gmp'"),
+    ],
+)
+def test_a_wrong_row_is_told_with_file_row_and_field(data, said):
+    with pytest.raises(InputError) as error:
+        parse_rows(data, "file.yaml")
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+def test_every_code_of_the_survey_has_words():
+    codes = YAML(typ="safe").load(files("niwaki.catalogue").joinpath("codes.yaml").read_text(encoding="utf-8"))
+    assert list(codes) == list(Columns.model_fields)
+    assert all(isinstance(words, str) and words for column in codes.values() for words in column.values())
+    assert len(codes["what"]) == 16
+    assert len(codes["when"]) == 10
+
+
+def test_no_data_file_is_left_unread():
+    stored = {entry.name for entry in files("niwaki.catalogue").iterdir() if entry.name.endswith(".yaml")}
+    assert stored == {f"{chapter}.yaml" for chapter in (*CHAPTERS, "codes")}

@@ -1,0 +1,181 @@
+"""Combinations that cannot work are refused with the field and the choices; their neighbours that can are taken."""
+
+import pytest
+
+from niwaki.errors import InputError
+from niwaki.recipe import Recipe
+
+STR = "relaxation: soft_threshold"
+MOVEMENT = "relaxation: straight_through, saliency: score"
+UPDATES = "schedule: {constant: {every: 10 steps}}"
+PHASES = "schedule: {phases: {dense: [0, 20], sparse: [10, 30], unit: steps}}"
+
+REFUSED = [
+    # no count to select by
+    ("{}", "sparsity: missing; say what share of the target is to be masked, in [0, 1)"),
+    ("{granularity: filter}", "sparsity: missing; say what share of the target is to be masked, in [0, 1)"),
+    ("{saliency: random}", "sparsity: missing; say what share of the target is to be masked for the saliency to act on, in [0, 1)"),
+    (
+        "{penalty: {l1: {}}, allocation: global}",
+        "sparsity: missing; say what share of the target is to be masked for the allocation to act on",
+    ),
+    ("{relaxation: latent}", "sparsity: missing; "),
+    ("{target: {weights: {include: [a]}}}", "sparsity: missing; "),
+    # two sparsities
+    ("{sparsity: 0.9, granularity: 2:4}", "sparsity: 0.9 contradicts granularity.n_m, which ends at 0.5; drop it or say 0.5"),
+    (
+        "{sparsity: 0.9, schedule: {list: {sparsity: [0.5, 0.8], every: 1 steps}}}",
+        "sparsity: 0.9 contradicts schedule.list, which ends at 0.8",
+    ),
+    (
+        "{granularity: 2:4, schedule: {list: {sparsity: [0.25, 0.75], every: 1 steps}}}",
+        "schedule.list: its last sparsity 0.75 contradicts granularity.n_m, which fixes 0.5",
+    ),
+    (
+        "{granularity: 2:4, allocation: erdos_renyi}",
+        "allocation: 'erdos_renyi' differs between layers, and granularity 'n_m' fixes all of them; choices: uniform, global",
+    ),
+    # strength decides
+    (
+        f"{{sparsity: 0.9, {STR}}}",
+        "sparsity: the strength of relaxation 'soft_threshold' decides it; drop it, or make a final exact cut with saliency: score",
+    ),
+    (f"{{sparsity: 0.9, {STR}, saliency: score, schedule: cubic}}", "sparsity: the strength of relaxation 'soft_threshold' decides it"),
+    (f"{{sparsity: 0.9, {STR}, saliency: score}}", "sparsity: the strength of relaxation 'soft_threshold' decides it"),
+    (
+        f"{{sparsity: 0.9, {STR}, schedule: {{one_shot: {{at: 1 run}}}}}}",
+        "sparsity: the strength of relaxation 'soft_threshold' decides it",
+    ),
+    (f"{{granularity: 2:4, {STR}}}", "sparsity: the strength of relaxation 'soft_threshold' decides it"),
+    (
+        f"{{{STR}, allocation: global}}",
+        "allocation: has no effect, as the strength of relaxation 'soft_threshold' decides; drop it, or add sparsity for a final cut",
+    ),
+    (f"{{{STR}, schedule: cubic}}", "schedule: has no effect, as the strength"),
+    # learned scores
+    (
+        "{sparsity: 0.9, saliency: score}",
+        "saliency: 'score' needs a relaxation that learns scores, not 'hard'; choices: soft_threshold, straight_through",
+    ),
+    ("{sparsity: 0.9, saliency: score, relaxation: latent}", "saliency: 'score' needs a relaxation that learns scores, not 'latent'"),
+    (
+        "{sparsity: 0.9, relaxation: straight_through, schedule: cubic}",
+        "saliency: 'magnitude' does not rank by the scores that relaxation 'straight_through' learns; choices: score",
+    ),
+    (
+        f"{{sparsity: 0.9, {MOVEMENT}}}",
+        "schedule: 'one_shot' at the start ranks by the scores of relaxation 'straight_through' before they have learned; choices: ",
+    ),
+    # growth
+    (
+        "{sparsity: 0.9, growth: gradient}",
+        "growth: 'gradient' needs a schedule that updates again, and 'one_shot' does not; choices: constant, cosine, cubic, ",
+    ),
+    ("{sparsity: 0.9, growth: random, schedule: one_shot}", "growth: 'random' needs a schedule that updates again"),
+    ("{sparsity: 0.9, growth: all}", "growth: 'all' needs a schedule that updates again"),
+    (
+        f"{{granularity: 2:4, growth: gradient, {UPDATES}}}",
+        "growth: 'gradient' grows across the groups of granularity 'n_m'; choices: none, all",
+    ),
+    (
+        f"{{sparsity: 0.9, growth: random, {MOVEMENT}, {UPDATES}}}",
+        "growth: 'random' needs relaxation: hard; with 'straight_through' pruned weights are kept",
+    ),
+    (
+        f"{{sparsity: 0.9, growth: all, relaxation: latent, {PHASES}}}",
+        "growth: 'all' needs relaxation: hard; with 'latent' pruned weights are kept",
+    ),
+    (
+        "{sparsity: 0.9, growth: gradient, schedule: {constant: {every: 1 steps}}}",
+        "growth.gradient: at_update 'skip_step' with an update at every step never trains; choices: step, or a longer every",
+    ),
+    (
+        "{sparsity: 0.9, growth: {random: {at_update: skip_step}}, schedule: {cubic: {every: 1 step}}}",
+        "growth.random: at_update 'skip_step' with an update at every step never trains",
+    ),
+    (
+        f"{{sparsity: 0.9, {PHASES}}}",
+        "growth: 'none' brings nothing back, and the sparsity of schedule 'phases' falls to 0 in the dense phases; choices: all, ",
+    ),
+    (
+        "{schedule: {list: {sparsity: [0.9, 0.5], every: 1 steps}}}",
+        "growth: 'none' brings nothing back, and the sparsity of schedule 'list' falls from 0.9 to 0.5",
+    ),
+    (
+        "{sparsity: 0.5, schedule: {linear: {initial: 0.75}}}",
+        "growth: 'none' brings nothing back, and the sparsity of schedule 'linear' falls from 0.75 to 0.5",
+    ),
+    # who learns
+    (
+        "{sparsity: 0.9, gradient: dense}",
+        "gradient: 'dense' needs a relaxation that keeps dense weights, not 'hard'; choices: active, or relaxation latent, ",
+    ),
+    ("{sparsity: 0.9, gradient: frozen}", "gradient: 'frozen' needs a relaxation that keeps dense weights, not 'hard'"),
+    (
+        "{sparsity: 0.9, gradient: {superset: {sparsity: 0.5}}}",
+        "gradient: 'superset' needs a relaxation that keeps dense weights, not 'hard'",
+    ),
+    (
+        f"{{sparsity: 0.9, gradient: frozen, relaxation: latent, {UPDATES}}}",
+        "gradient: 'frozen' with relaxation 'latent' would train nothing; choices: active, dense, or relaxation soft_threshold, ",
+    ),
+    (
+        f"{{sparsity: 0.9, relaxation: latent, gradient: {{superset: {{sparsity: 0.9}}}}, {UPDATES}}}",
+        "gradient.superset.sparsity: 0.9 must be below the recipe's sparsity, 0.9",
+    ),
+    (
+        f"{{granularity: 2:4, relaxation: latent, gradient: {{superset: {{sparsity: 0.75}}}}, {UPDATES}}}",
+        "gradient.superset.sparsity: 0.75 must be below the recipe's sparsity, 0.5",
+    ),
+    (f"{{{STR}, gradient: {{superset: {{sparsity: 0.5}}}}}}", "gradient.superset.sparsity: a superset of what? give the recipe a sparsity"),
+    (
+        f"{{sparsity: 0.9, relaxation: latent, penalty: exploration_l2, {UPDATES}}}",
+        "penalty: 'exploration_l2' needs gradient: {superset: {sparsity: S}}, not 'active'",
+    ),
+    # what is sent
+    ("{sparsity: 0.9, memory: error_feedback}", "memory: 'error_feedback' is of gradients that were not sent; it needs target: gradients"),
+    ("{sparsity: 0.9, memory: error_feedback, target: activations}", "memory: 'error_feedback' is of gradients"),
+]
+
+
+@pytest.mark.parametrize(("yaml", "said"), REFUSED)
+def test_impossible_combinations_are_refused(yaml, said):
+    with pytest.raises(InputError) as error:
+        Recipe.from_yaml(yaml)
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "{sparsity: 0}",
+        "{granularity: 2:4}",
+        "{granularity: 2:4, allocation: global, schedule: {list: {sparsity: [0.25, 0.5], every: 1 steps}}}",
+        "{granularity: 2:4, schedule: cubic}",
+        f"{{granularity: 2:4, growth: all, {PHASES}}}",
+        "{penalty: {l1: {}}, granularity: filter}",
+        f"{{{STR}, granularity: filter, target: {{weights: {{include: [a]}}}}}}",
+        f"{{sparsity: 0.9, {STR}, saliency: score, schedule: {{one_shot: {{at: 5 steps}}}}}}",
+        f"{{sparsity: 0.9, {MOVEMENT}, schedule: {{one_shot: {{at: 1 run}}}}}}",
+        f"{{sparsity: 0.9, {MOVEMENT}, {UPDATES}, gradient: frozen}}",
+        f"{{sparsity: 0.9, relaxation: latent, gradient: dense, {UPDATES}}}",
+        f"{{sparsity: 0.9, relaxation: latent, {PHASES}}}",
+        "{sparsity: 0.9, growth: {gradient: {at_update: step}}, schedule: {constant: {every: 1 steps}}}",
+        "{sparsity: 0.9, growth: gradient, schedule: {constant: {every: 2 steps}}}",
+        "{sparsity: 0.9, growth: gradient, schedule: cubic}",
+        "{sparsity: 0.5, growth: all, schedule: {list: {sparsity: [0.9, 0.5], every: 1 steps}}}",
+        "{sparsity: 0.5, schedule: {linear: {initial: 0.5}}}",
+        "{sparsity: 0.9, schedule: {phases: {dense: [0], sparse: [10], unit: steps}}}",
+        # not judged: these come later
+        "{relaxation: hard_concrete, granularity: filter, saliency: score, gradient: dense}",
+        "{saliency: signal_to_noise, selection: threshold, relaxation: variational_noise}",
+        "{selection: {threshold: {at: 0.1}}}",
+        "{sparsity: 0.9, growth: momentum}",
+        "{sparsity: 0.9, saliency: apoz, relaxation: straight_through}",
+        "{sparsity: 0.9, memory: error_feedback, target: gradients}",
+    ],
+)
+def test_possible_combinations_are_taken(yaml):
+    recipe = Recipe.from_yaml(yaml)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
