@@ -1,0 +1,229 @@
+"""One target tensor under a recipe: its mask, and how it enters and leaves an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from niwaki.binding import Bound
+from niwaki.errors import InputError
+from niwaki.masks import Masks, local
+from niwaki.recipe import Recipe
+
+MASK_KINDS = ("pruned", "blocked", "cut", "ever_active")
+
+
+class MaskedTensor:
+    """The state of one target tensor; every tensor here has this rank's shape of the layout's view.
+
+    Attributes:
+        pruned: True where the mask is (inactive); None while nothing was selected.
+        blocked: True where the gradient is zeroed: ``pruned``, or what is outside the superset.
+        cut: True where a selection pruned beside a relaxation that decides itself.
+        ever_active: True where the tensor was active at some time; kept only if pruned weights can come back.
+        latent: the weight that is trained, where the parameter holds a published one.
+        own: the relaxation's own trainable parameters.
+    """
+
+    def __init__(self, bound: Bound, recipe: Recipe, seed: int) -> None:
+        self.bound, self.recipe = bound, recipe
+        self.pruned: Tensor | None = None
+        self.blocked: Tensor | None = None
+        self.cut: Tensor | None = None
+        self.ever_active: Tensor | None = None
+        self.latent: Tensor | None = None
+        self.own: dict[str, nn.Parameter] = {}
+        self._hook: RemovableHandle | None = None
+        self._published_gradient: Tensor | None = None
+        if recipe.relaxation.keeps_dense_weights:
+            self.latent = bound.view(bound.parameter).clone(memory_format=torch.contiguous_format)
+            initial = recipe.relaxation.parameters(self.latent, bound.layout, bound.name, seed)
+            self.own = {name: nn.Parameter(value) for name, value in initial.items()}
+            if recipe.relaxation.decides:
+                self.publish()
+
+    # ------------------------------------------------------------------ looking
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is trained."""
+        return self.bound.view(self.bound.parameter) if self.latent is None else self.latent
+
+    @property
+    def score(self) -> Tensor:
+        """The relaxation's learned score."""
+        return self.recipe.relaxation.score(self.weight, self._own_values())
+
+    def kept(self, pruned: Tensor | None) -> Tensor:
+        """Return the complement of a mask of pruned elements."""
+        if pruned is None:
+            return torch.ones(self.bound.here.shape, dtype=torch.bool, device=local(self.bound.parameter).device)
+        return ~pruned
+
+    def in_parameter_shape(self, mask: Tensor) -> Tensor:
+        """Return a mask in the shape of this rank's part of the parameter."""
+        return mask.view(local(self.bound.parameter).shape)
+
+    def _own_values(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.own.items()}
+
+    def _write(self, values: Tensor) -> None:
+        here = local(self.bound.parameter)
+        here.copy_(values.view(here.shape))
+
+    # ------------------------------------------------------------------ gradients
+
+    def watch_gradient(self, masks_now: Callable[[], bool]) -> None:
+        """Zero the gradient of what does not learn as soon as it is accumulated, whenever ``masks_now()`` says so."""
+        parameter = self.bound.parameter
+        if self._hook is None and parameter.requires_grad and self.latent is None:
+            self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.mask_gradient() if masks_now() else None)
+
+    @property
+    def watched(self) -> bool:
+        """Whether gradients are masked as they accumulate."""
+        return self._hook is not None
+
+    def unwatch(self) -> None:
+        """Take the gradient hook off."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def mask_gradient(self) -> None:
+        """Zero the gradient of what does not learn."""
+        gradient = self.bound.parameter.grad
+        if self.blocked is None or gradient is None:
+            return
+        blocked = self.in_parameter_shape(self.blocked)
+        if gradient.is_sparse:
+            gradient._values().masked_fill_(blocked[tuple(gradient._indices())], 0.0)
+        else:
+            local(gradient).masked_fill_(blocked, 0.0)
+
+    # ------------------------------------------------------------------ around a step
+
+    def enter_step(self, optimizer: Optimizer) -> None:
+        """Give the optimizer the latent weight in the parameter's place, its gradient, and those of the relaxation's own parameters."""
+        parameter = self.bound.parameter
+        if self.latent is None or parameter.grad is None:
+            return
+        self._published_gradient = parameter.grad
+        for_weight, for_own = self.recipe.relaxation.pull_back(self.latent, self._own_values(), self.bound.view(parameter.grad))
+        for name, value in for_own.items():
+            if self.bound.group is not None and value.shape != self.latent.shape:
+                dist.all_reduce(value, group=self.bound.group)
+            self.own[name].grad = value.to(self.own[name].dtype)
+        if not self.recipe.gradient.weights_learn:
+            parameter.grad = None
+            return
+        if self.blocked is not None:
+            for_weight = for_weight.masked_fill(self.blocked, 0.0)
+        if self.recipe.penalty is not None:
+            pull = self.recipe.penalty.gradient(
+                self.latent, self.kept(self.pruned), self.kept(self.blocked), 1.0 - (self.recipe.final_sparsity or 0.0)
+            )
+            scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under a gradient scaler unscales in its own step
+            for_weight = for_weight + (pull if scale is None else pull * scale)
+        self._write(self.latent)
+        parameter.grad = torch.empty_like(parameter)
+        local(parameter.grad).copy_(for_weight.view(local(parameter).shape))
+
+    def leave_step(self) -> None:
+        """Project the weight after the optimizer's step, or take the latent one back and publish."""
+        parameter = self.bound.parameter
+        if self.latent is None:
+            self.project()
+        elif self._published_gradient is not None:
+            if self.recipe.gradient.weights_learn:
+                self.latent.copy_(self.bound.view(parameter))
+            parameter.grad, self._published_gradient = self._published_gradient, None
+            for own in self.own.values():
+                own.grad = None
+            self.publish()
+
+    def project(self) -> None:
+        """Set pruned weights to zero."""
+        if self.pruned is not None:
+            local(self.bound.parameter).masked_fill_(self.in_parameter_shape(self.pruned), 0.0)
+
+    def publish(self) -> None:
+        """Copy what the relaxation makes of the latent weight into the parameter."""
+        assert self.latent is not None
+        relaxation = self.recipe.relaxation
+        published = relaxation.publish(self.latent, self._own_values(), self.kept(self.cut if relaxation.decides else self.pruned))
+        self._write(published)
+        if relaxation.decides:
+            self.pruned = published == 0
+
+    # ------------------------------------------------------------------ masks and checkpoints
+
+    def set_masks(self, keep: Tensor, learns: Tensor | None, comes_back: bool) -> Tensor | None:
+        """Take a new mask and bring the weight in line with it.
+
+        Args:
+            keep: True where active.
+            learns: True where the gradient is used; None for everywhere.
+            comes_back: whether pruned weights can come back, so that it matters which were ever active.
+
+        Returns:
+            where the optimizer's slots must be fresh: what learns and did not, or did and no longer does.
+        """
+        before = self.blocked
+        self.pruned, self.blocked = ~keep, None if learns is None else ~learns
+        if comes_back:
+            self.ever_active = keep if self.ever_active is None else self.ever_active | keep
+        if self.latent is None:
+            self.project()
+        else:
+            self.cut = self.pruned if self.recipe.relaxation.decides else None
+            self.publish()
+            self.pruned = ~keep
+        if self.blocked is None:
+            return None
+        return self.blocked if before is None else self.blocked ^ before
+
+    def fold(self) -> None:
+        """Keep the published weight for good."""
+        self.latent, self.own = None, {}
+        self.unwatch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return masks as packed bits, the latent weight and the own parameters."""
+        masks = {kind: mask for kind in MASK_KINDS if (mask := getattr(self, kind)) is not None}
+        return {
+            "shape": list(self.bound.here.shape),
+            "masks": Masks(masks).packed(),
+            "latent": None if self.latent is None else self.latent.clone(),
+            "own": {name: parameter.detach().clone() for name, parameter in self.own.items()},
+        }
+
+    def read(self, state: Mapping[str, Any]) -> Masks:
+        """Check a state against this tensor and return its masks, without changing anything.
+
+        Raises:
+            InputError: the state has another shape.
+        """
+        shape = tuple(state["shape"])
+        if shape != self.bound.here.shape:
+            raise InputError(f"load_state_dict: {self.bound.name} has shape {shape} in the state and {self.bound.here.shape} in this model")
+        return Masks.unpack(state["masks"], dict.fromkeys(state["masks"], shape))
+
+    def load_state_dict(self, state: Mapping[str, Any], masks: Masks) -> None:
+        """Take a state that was read before."""
+        device = local(self.bound.parameter).device
+        for kind in MASK_KINDS:
+            setattr(self, kind, masks[kind].to(device) if kind in masks else None)
+        if self.latent is None:
+            self.project()
+            return
+        self.latent.copy_(state["latent"])
+        for name, parameter in self.own.items():
+            parameter.copy_(state["own"][name])
+        self.publish()

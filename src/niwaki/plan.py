@@ -1,0 +1,128 @@
+"""The dry run: what a recipe would do to a model, without touching it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from niwaki.allocation import guard
+from niwaki.binding import Bound, bind
+from niwaki.clock import Clock
+from niwaki.errors import InputError
+from niwaki.recipe import Recipe
+from niwaki.target import LeftOut, select_targets
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One row of the plan.
+
+    Attributes:
+        name: canonical parameter name.
+        shape: of the whole parameter.
+        pieces: how many pieces the granularity makes of it.
+        keep: pieces kept at the end, or None when they follow from scores that are not known yet.
+        why: what decides the number.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: int
+    keep: int | None
+    why: str
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the pieces that is masked at the end."""
+        return None if self.keep is None else 1.0 - self.keep / self.pieces
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do: which tensor, how much, when and why, and what is left out and why.
+
+    Attributes:
+        tensors: the targets, in parameter order.
+        left_out: parameters that stay dense, each with its reason.
+        updates: optimizer step -> sparsity of the mask update before it; empty where the relaxation's strength decides.
+        final_sparsity: of all targets together, or None where the strength decides.
+        notes: guards that would act.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    left_out: tuple[LeftOut, ...]
+    updates: dict[int, float]
+    final_sparsity: float | None
+    notes: tuple[str, ...] = ()
+
+    def to_data(self) -> dict[str, Any]:
+        """Return the plan as plain data for JSON."""
+        return {
+            "tensors": [
+                {"name": t.name, "shape": list(t.shape), "pieces": t.pieces, "keep": t.keep, "sparsity": t.sparsity, "why": t.why}
+                for t in self.tensors
+            ],
+            "left_out": [{"name": one.name, "reason": one.reason} for one in self.left_out],
+            "updates": {str(step): sparsity for step, sparsity in self.updates.items()},
+            "final_sparsity": self.final_sparsity,
+            "notes": list(self.notes),
+        }
+
+    def when(self) -> str:
+        """Say in a few words when masks are updated."""
+        if not self.updates:
+            return "every step, by the relaxation's strength"
+        steps = list(self.updates)
+        if len(steps) == 1:
+            return f"once, before step {steps[0]}"
+        return f"{len(steps)} times, before steps {steps[0]} to {steps[-1]}"
+
+
+def plan(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: int | None = None,
+    tokens_per_step: int | None = None,
+) -> Plan:
+    """Return what a recipe would do to a model in a run of this length; neither is changed.
+
+    Raises:
+        InputError: as :class:`niwaki.Sparsifier` would for the same arguments.
+    """
+    recipe.require_complete()
+    clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
+    recipe.schedule.validate_with(clock)
+    targets, left_out = select_targets(model, recipe.target)
+    bounds: list[Bound] = []
+    for target in targets:
+        bound = bind(target.name, target.parameter, target.layout, recipe.granularity)
+        if isinstance(bound, str):
+            left_out.append(LeftOut(target.name, bound))
+        else:
+            bounds.append(bound)
+    if not bounds:
+        raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
+    sparsity = recipe.final_sparsity
+    keep: list[int | None] = [None] * len(bounds)
+    notes: list[str] = []
+    why = f"relaxation {recipe.relaxation.name}: its strength decides"
+    if sparsity is not None and recipe.allocation.joint:
+        why = f"allocation {recipe.allocation.name}: one ranking of all tensors"
+    elif sparsity is not None:
+        layers = [b.layer for b in bounds]
+        counts, raised = guard(recipe.allocation.keep(sparsity, layers, sparsity), layers)
+        keep = list(counts)
+        notes = [f"keeps one piece of {name}, which the allocation {recipe.allocation.name!r} would empty" for name in raised]
+        why = f"allocation {recipe.allocation.name}"
+    updates = {}
+    if sparsity is not None:
+        for step in range(recipe.schedule.last(clock) + 1):
+            due = recipe.schedule.at(step, sparsity, clock)
+            if due is not None:
+                updates[step] = due
+    rows = [PlannedTensor(b.name, tuple(b.parameter.shape), b.pieces, k, why) for b, k in zip(bounds, keep, strict=True)]
+    return Plan(tuple(rows), tuple(left_out), updates, sparsity, tuple(notes))

@@ -1,0 +1,115 @@
+"""Optimizer state of single weights: what a fresh slot holds, and putting it back.
+
+A slot is any state tensor with the parameter's shape. A pruned or newly grown weight must not carry the history of its position, so
+its slots are set to what the optimizer itself would give a new weight: not always zero (Rprop's step size, Adagrad's initial sum).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from niwaki.masks import local
+
+
+def fresh_values(optimizer: Optimizer, parameter: Tensor) -> tuple[dict[str, float], str | None]:
+    """Return what each slot of a new weight holds after its first step with zero value and zero gradient.
+
+    A copy of the optimizer with a single one-element parameter takes that step, so that any optimizer answers for itself.
+
+    Returns:
+        slot name -> value, and None or a sentence that says why the optimizer could not be asked (zero is assumed then).
+    """
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    probe: Optimizer = object.__new__(type(optimizer))
+    probe.__dict__.update(optimizer.__dict__)
+    probe.__dict__.pop("step", None)  # a learning-rate scheduler's wrapper, bound to the original
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        probe.__dict__[hooks] = OrderedDict()
+    for scaler in ("grad_scale", "found_inf"):
+        probe.__dict__.pop(scaler, None)
+    one = torch.zeros((1,) * parameter.ndim, dtype=parameter.dtype, device=parameter.device, requires_grad=True)
+    sparse = parameter.grad is not None and parameter.grad.is_sparse
+    one.grad = torch.zeros_like(one).to_sparse(1) if sparse else torch.zeros_like(one)
+    probe.state = defaultdict(dict)
+    rate = group.get("lr")
+    probe.param_groups = [{**group, "params": [one], **({"lr": rate.clone()} if isinstance(rate, Tensor) else {})}]
+    try:
+        probe.step()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return (
+            {},
+            f"{type(optimizer).__name__} could not be asked for its fresh state ({reason}); its slots of pruned weights are set to zero",
+        )
+    state = probe.state[one]
+    return {k: float(v.reshape(-1)[0]) for k, v in state.items() if isinstance(v, Tensor) and v.shape == one.shape}, None
+
+
+def reset_slots(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> list[str]:
+    """Set the slots of a parameter to fresh values at the positions ``where`` (bool, the local shape).
+
+    Returns:
+        sentences about state that this rule cannot reach, such as factored slots.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return []
+    values, told = fresh_values(optimizer, parameter)
+    notes = [] if told is None else [told]
+    for name, slot in state.items():
+        if not isinstance(slot, Tensor) or slot.ndim == 0 or slot.numel() <= 1:
+            continue
+        if slot.shape == parameter.shape:
+            local(slot).masked_fill_(where, values.get(name, 0.0))
+        else:
+            notes.append(
+                f"{type(optimizer).__name__} keeps {name!r} in another shape than its parameter: what it remembers of pruned weights cannot"
+                " be reset one by one"
+            )
+    return notes
+
+
+def forget_history(optimizer: Optimizer) -> None:
+    """Drop the history of an LBFGS optimizer, whose directions mix all weights and are wrong under new masks."""
+    if isinstance(optimizer, LBFGS):
+        optimizer.state.clear()
+
+
+def own_group(optimizer: Optimizer, index: int, named: dict[str, Tensor], options: dict[str, object], scheduler: Any | None) -> None:
+    """Add a group for a relaxation's own parameters, with the options of group ``index``, and let the scheduler drive it too.
+
+    A learning rate in ``options`` is the one that the new group has when the base group is at its initial one: schedules scale both.
+    """
+    base = optimizer.param_groups[index]
+    ratio = 1.0
+    group: dict[str, Any] = {k: v for k, v in base.items() if k not in ("params", "param_names")}
+    if "lr" in options:
+        initial = float(base.get("initial_lr", base["lr"]))
+        ratio = float(options["lr"]) / initial if initial else 1.0  # type: ignore[arg-type]
+        for rate in ("lr", "initial_lr", "max_lr", "min_lr"):
+            if rate in group:
+                group[rate] = group[rate] * ratio if initial else options["lr"]
+    group.update({k: v for k, v in options.items() if k != "lr"})
+    group["params"] = list(named.items()) if "param_names" in base else list(named.values())
+    groups = len(optimizer.param_groups)
+    optimizer.add_param_group(group)
+    _extend(scheduler, optimizer, index, groups, ratio)
+
+
+def _extend(scheduler: Any | None, optimizer: Optimizer, index: int, groups: int, ratio: float) -> None:
+    """Append to every list that a scheduler keeps with one entry a group; learning rates are scaled."""
+    if scheduler is None:
+        return
+    for nested in getattr(scheduler, "_schedulers", ()):
+        _extend(nested, optimizer, index, groups, ratio)
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        return
+    for attribute in ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "lr_lambdas", "base_momentums", "max_momentums"):
+        values = vars(scheduler).get(attribute)
+        if isinstance(values, list) and len(values) == groups:
+            values.append(values[index] * ratio if attribute.endswith(("lrs", "_lr")) else values[index])

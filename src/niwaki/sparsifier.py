@@ -1,0 +1,497 @@
+"""The sparsifier: binds a model, its optimizers and a recipe, and acts at the step boundary.
+
+Everything happens in the optimizers' own hooks, so that the model's keys, classes, forward and compiled graphs stay untouched:
+
+- *while gradients accumulate*: the gradients of pruned weights are zeroed (so that clipping sees the active norm), unless the
+  coming update needs the dense gradient;
+- *before the step*: the mask update, if the schedule says so; relaxations pull the gradient back to their latent weights;
+- *after the step*: weights are projected (or published), and slots of pruned and grown weights hold fresh values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from niwaki.binding import bind
+from niwaki.calibration import loss_gradients, preserved
+from niwaki.clock import Clock
+from niwaki.errors import InputError
+from niwaki.growth import DropAndGrow, NoGrowth
+from niwaki.masked import MaskedTensor
+from niwaki.masks import Masks, local
+from niwaki.metrics.flops import weight_uses
+from niwaki.ranks import require_same
+from niwaki.recipe import Recipe
+from niwaki.saliency import Observation
+from niwaki.slots import forget_history, own_group, reset_slots
+from niwaki.target import LeftOut, select_targets
+from niwaki.update import Update, next_masks, starts_at_random
+
+MasksChanged = Callable[[Masks], None]
+
+
+class Sparsifier:
+    """Applies a recipe to a model while any training loop trains it.
+
+    Args:
+        model: any module, wrapped (``torch.compile``, DDP) or not; with FSDP2 build the sparsifier after ``fully_shard``.
+        recipe: what to do; see :class:`niwaki.Recipe` and :func:`niwaki.method`.
+        total_steps: optimizer steps of the whole run; resolves times in ``run``.
+        steps_per_epoch: optimizer steps of an epoch; resolves times in ``epochs``.
+        tokens_per_step: tokens of a step; resolves times in ``tokens``.
+        seed: of everything random; the result is the same on every rank.
+        data: batches ``(inputs, targets)`` for statistics that an update before the first step needs. Without them an update that needs
+            gradients waits for those of the first step.
+        loss: ``loss(model(inputs), targets)``, needed with ``data`` for gradients.
+
+    Masks that the recipe wants from the start are applied here: build the sparsifier first, then load checkpoints.
+
+    Raises:
+        InputError: the recipe cannot be run on this model; one line that says what, where, and what would be right.
+
+    >>> import torch, niwaki
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> sparsifier = niwaki.Sparsifier(model, niwaki.method("rigl", sparsity=0.75), total_steps=100).attach(optimizer)
+    >>> round(sparsifier.sparsity, 2)
+    0.75
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        tokens_per_step: int | None = None,
+        seed: int = 0,
+        data: Iterable[tuple[Any, Any]] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        recipe.require_complete()
+        self.model, self.recipe, self.seed = model, recipe, seed
+        self.clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
+        recipe.schedule.validate_with(self.clock)
+        self.step = 0
+        """Optimizer steps taken so far; overflow-skipped steps of a gradient scaler do not count."""
+        self.notes: list[str] = []
+        """What a user should know: guards that acted, state that could not be reached, tensors left out."""
+        self.left_out: list[LeftOut] = []
+        self._tensors: dict[str, MaskedTensor] = {}
+        targets, self.left_out = select_targets(model, recipe.target)
+        for target in targets:
+            bound = bind(target.name, target.parameter, target.layout, recipe.granularity)
+            if isinstance(bound, str):
+                self.left_out.append(LeftOut(target.name, bound))
+            else:
+                with torch.no_grad():
+                    self._tensors[target.name] = MaskedTensor(bound, recipe, seed)
+        if not self._tensors:
+            raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
+        self._by_parameter = {t.bound.parameter: t for t in self._tensors.values()}
+        self._optimizers: list[Optimizer] = []
+        self._handles: list[RemovableHandle] = []
+        self._callbacks: list[MasksChanged] = []
+        self._stepped: set[int] = set()
+        self._round_is_open = False
+        self._skips = False
+        self._finalized = False
+        self._selected_at: int | None = None
+        self._uses: dict[str, float] | None = None
+        self._gradient_needs = "gradient" in recipe.saliency.needs or "gradient" in recipe.growth.needs
+        if "flops" in recipe.normalization.needs:
+            if data is None:
+                raise InputError(f"normalization: {recipe.normalization.name!r} needs data= to see how often each weight is used")
+            batches = iter(data)
+            batch = next(batches)
+            data = chain([batch], batches) if batches is data else data
+            with preserved(model), torch.no_grad():
+                self._uses = weight_uses(model, lambda: model(batch[0]))
+        self._start_masks(data, loss)
+        self._look_ahead()
+
+    # ------------------------------------------------------------------ what a user asks
+
+    @property
+    def masks(self) -> Masks:
+        """The masks now: canonical parameter name -> bool tensor, True where active (this rank's part of a sharded parameter)."""
+        return Masks({name: t.in_parameter_shape(t.kept(t.pruned)).clone() for name, t in self._tensors.items()})
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the target elements that are masked now (this rank's part of sharded parameters)."""
+        total = sum(t.bound.here.elements for t in self._tensors.values())
+        return sum(int(t.pruned.sum()) for t in self._tensors.values() if t.pruned is not None) / max(total, 1)
+
+    @property
+    def ever_active_share(self) -> float:
+        """Share of the target elements that were active at some time (the exploration rate of ITOP, Liu et al. 2021)."""
+        total = sum(t.bound.here.elements for t in self._tensors.values())
+        inactive = sum(int((~t.ever_active).sum()) for t in self._tensors.values() if t.ever_active is not None)
+        return 1.0 - inactive / max(total, 1)
+
+    def on_masks_changed(self, callback: MasksChanged) -> None:
+        """Call ``callback(masks)`` after every update that changed a mask."""
+        self._callbacks.append(callback)
+
+    # ------------------------------------------------------------------ attaching
+
+    def attach(self, *optimizers: Optimizer, scheduler: Any | None = None) -> Sparsifier:
+        """Act in the hooks of these optimizers from now on; a step is complete when each has stepped once.
+
+        Args:
+            optimizers: those that hold the model's parameters; may be called again with more.
+            scheduler: the learning-rate scheduler (or a list of them), if one was already made and the relaxation adds an own group.
+
+        Raises:
+            InputError: an optimizer is attached already, or its scheduler is needed and missing.
+        """
+        if self._finalized:
+            raise InputError("attach: this sparsifier is finalized")
+        schedulers = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler] * (scheduler is not None)
+        for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise InputError(f"attach: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            if any(optimizer is known for known in self._optimizers):
+                raise InputError("attach: this optimizer is attached already")
+            self._optimizers.append(optimizer)
+            self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+        for tensor in self._tensors.values():
+            tensor.watch_gradient(lambda: not self._dense_gradient_next)
+        self._group_own_parameters(optimizers, schedulers)
+        return self
+
+    def _group_own_parameters(self, optimizers: tuple[Optimizer, ...], schedulers: list[Any]) -> None:
+        for optimizer in optimizers:
+            for index, group in enumerate(list(optimizer.param_groups)):
+                mine = [t for t in self._of(group) if t.own]
+                if not mine:
+                    continue
+                holder, at = optimizer, index
+                if isinstance(optimizer, torch.optim.Muon) and any(p.ndim != 2 for t in mine for p in t.own.values()):
+                    others = [o for o in optimizers if not isinstance(o, torch.optim.Muon)]
+                    if not others:
+                        raise InputError("attach: Muon takes matrices only; attach a second optimizer for the relaxation's own parameters")
+                    holder, at = others[0], 0
+                scheduler = next((s for s in schedulers if s.optimizer is holder), None)
+                if scheduler is None and hasattr(holder.step, "_wrapped_by_lr_sched"):
+                    raise InputError(
+                        "attach: the relaxation adds a parameter group, which the optimizer's learning-rate scheduler must know: pass"
+                        " scheduler=, or make the scheduler after attach()"
+                    )
+                named = {f"{t.bound.name}::{k}": p for t in mine for k, p in t.own.items()}
+                own_group(holder, at, named, self.recipe.relaxation.group_options(holder.param_groups[at]), scheduler)
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None and self.recipe.relaxation.keeps_dense_weights:
+            raise InputError(
+                f"relaxation: {self.recipe.relaxation.name!r} cannot be trained with a closure, which sees weights between two steps; use"
+                " an optimizer that steps without one, or relaxation: hard"
+            )
+        if _overflowed(optimizer):
+            return None
+        index = self._index(optimizer)
+        if self._round_is_open and index in self._stepped:
+            self._close_round()
+        if not self._round_is_open:
+            self._round_is_open, self._skips, self._stepped = True, False, set()
+            self._update_masks(closure)
+        if self._skips:
+            if closure is None:
+                _drop_gradients(optimizer)
+                return None
+            return _with_closure(args, kwargs, lambda: _without_step(closure, optimizer))
+        for group in optimizer.param_groups:
+            for tensor in self._of(group):
+                if tensor.latent is None and not tensor.watched:  # it did not require gradients when it was attached
+                    tensor.mask_gradient()
+                    tensor.watch_gradient(lambda: not self._dense_gradient_next)
+                tensor.enter_step(optimizer)
+        return None
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _overflowed(optimizer):
+            return
+        for group in optimizer.param_groups:
+            for tensor in self._of(group):
+                tensor.leave_step()
+        self._stepped.add(self._index(optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self._close_round()
+
+    def _close_round(self) -> None:
+        self._round_is_open = False
+        self.step += 1
+        if self.recipe.relaxation.keeps_dense_weights and not self._gradient_needs and self._sparsity_due() is not None:
+            self._select(first=self._selected_at is None)  # now, so that the coming forward sees the masks of the new weights and scores
+        elif self.recipe.relaxation.decides:
+            self._announce()
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Note whether the next step starts with an update that needs the gradients of pruned weights."""
+        self._dense_gradient_next = self._gradient_needs and self._sparsity_due() is not None
+
+    def _sparsity_due(self) -> float | None:
+        """Return the sparsity of an update that is due before the next step, or None."""
+        if self._selected_at == self.step:
+            return None
+        target = self.recipe.final_sparsity
+        return None if target is None else self.recipe.schedule.at(self.step, target, self.clock)
+
+    # ------------------------------------------------------------------ mask updates
+
+    @torch.no_grad()
+    def _start_masks(self, data: Iterable[tuple[Any, Any]] | None, loss: Callable[[Any, Any], Tensor] | None) -> None:
+        """Make the selection that is due before the first step, if what it needs is at hand."""
+        needs = frozenset() if starts_at_random(self.recipe.growth) else self.recipe.saliency.needs
+        if self._sparsity_due() is None:
+            return
+        if "gradient" not in needs:
+            self._select(first=True)
+        elif data is not None:
+            if loss is None:
+                raise InputError(f"saliency: {self.recipe.saliency.name!r} needs loss= with data=, called as loss(model(inputs), targets)")
+            with preserved(self.model):
+                loss_gradients(self.model, data, loss)
+                self._select(first=True)
+        else:
+            self._tell(
+                f"the first mask is chosen at the first step, from its gradients: saliency {self.recipe.saliency.name!r} had no data="
+            )
+
+    def _update_masks(self, closure: Callable[[], Any] | None) -> None:
+        """Update the masks before this step if the schedule says so."""
+        if self._sparsity_due() is None:
+            return
+        if self._gradient_needs and closure is not None:
+            with torch.enable_grad():
+                closure()
+        first = self._selected_at is None
+        self._select(first=first)
+        growth = self.recipe.growth
+        self._skips = not first and isinstance(growth, DropAndGrow) and growth.at_update == "skip_step"
+        self._dense_gradient_next = False
+        for tensor in self._tensors.values():
+            if tensor.latent is None:
+                tensor.mask_gradient()
+
+    @torch.no_grad()
+    def _select(self, first: bool) -> None:
+        """Select the masks that are due, and bring weights, slots and gradients in line with them."""
+        sparsity = self._sparsity_due()
+        assert sparsity is not None
+        tensors = list(self._tensors.values())
+        keep = self._next(sparsity, first)
+        superset = getattr(self.recipe.gradient, "sparsity", None)
+        learns = keep if superset is None else [a | b for a, b in zip(keep, self._next(min(superset, sparsity), first), strict=True)]
+        require_same({t.bound.name: k for t, k in zip(tensors, keep, strict=True) if t.bound.group is None}, self.step)
+        changed = False
+        for tensor, mask, learn in zip(tensors, keep, learns, strict=True):
+            changed = changed or not torch.equal(mask, tensor.kept(tensor.pruned))
+            moved = tensor.set_masks(mask, learn if self.recipe.gradient.masked else None, not isinstance(self.recipe.growth, NoGrowth))
+            if moved is not None:
+                self._freshen(tensor, moved)
+        self._selected_at = self.step
+        if changed:
+            for optimizer in self._optimizers:
+                forget_history(optimizer)
+            self._announce()
+
+    def _next(self, sparsity: float, first: bool) -> list[Tensor]:
+        recipe, tensors = self.recipe, list(self._tensors.values())
+        last = max(recipe.schedule.last(self.clock), 1)
+
+        def observe(i: int, needs: frozenset[str]) -> Observation:
+            tensor = tensors[i]
+            score = tensor.score if "score" in needs else None
+            return tensor.bound.observe(tensor.weight, score=score, need_gradient="gradient" in needs, seed=self.seed, step=self.step)
+
+        def flops(i: int) -> float | None:
+            if self._uses is None:
+                return None
+            bound = tensors[i].bound
+            return 2.0 * self._uses[bound.name] * bound.layout.elements / bound.pieces
+
+        update = Update(
+            sparsity=sparsity,
+            step=self.step,
+            progress=min(self.step / last, 1.0),
+            seed=self.seed,
+            observe=lambda i: observe(i, recipe.saliency.needs),
+            observe_growth=lambda i: observe(i, recipe.growth.needs),
+            flops=flops,
+            first=first,
+            from_active=not recipe.relaxation.keeps_dense_weights and isinstance(recipe.growth, NoGrowth),
+        )
+        masks = next_masks(recipe, [t.bound for t in tensors], [t.pruned for t in tensors], update)
+        for note in update.notes:
+            self._tell(note)
+        return masks
+
+    def _freshen(self, tensor: MaskedTensor, where: Tensor) -> None:
+        """Give slots of weights that start or stop learning the values of a fresh state."""
+        for optimizer in self._optimizers:
+            if tensor.bound.parameter in optimizer.state:
+                for note in reset_slots(optimizer, tensor.bound.parameter, tensor.in_parameter_shape(where)):
+                    self._tell(note)
+
+    def _announce(self) -> None:
+        if self._callbacks:
+            masks = self.masks
+            for callback in self._callbacks:
+                callback(masks)
+
+    # ------------------------------------------------------------------ the end
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Publish, inside the block, the weights to evaluate with: the mode of a relaxation that samples, instead of this step's draw."""
+        if self._round_is_open:
+            raise InputError("evaluating: a step is under way; evaluate between two steps of all attached optimizers")
+        kept = {name: local(t.bound.parameter).clone() for name, t in self._tensors.items() if t.latent is not None}
+        with torch.no_grad():
+            for name in kept:
+                self._tensors[name].publish()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, published in kept.items():
+                    local(self._tensors[name].bound.parameter).copy_(published)
+
+    @torch.no_grad()
+    def finalize(self) -> Sparsifier:
+        """Make the last selection that is due, fold relaxations for good, and take every hook off. ``masks`` stay."""
+        if self._finalized:
+            return self
+        if self._round_is_open:
+            self._close_round()
+        first, last = self._selected_at is None, self.recipe.schedule.last(self.clock)
+        if self._sparsity_due() is not None and (first or not isinstance(self.recipe.growth, DropAndGrow)):
+            self._select(first)
+        elif self.step < last and self.recipe.final_sparsity is not None:
+            self._tell(f"finalized after {self.step} steps, before the schedule's end at step {last}")
+        for tensor in self._tensors.values():
+            tensor.fold()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._optimizers, self._finalized = [], [], True
+        return self
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs besides the model's and the optimizers' own state: tensors, numbers and text.
+
+        Raises:
+            InputError: called while a step is under way (not all attached optimizers have stepped).
+        """
+        if self._round_is_open:
+            raise InputError("state_dict: a step is under way; save after all attached optimizers have stepped")
+        return {
+            "version": 1,
+            "recipe": self.recipe.to_yaml(),
+            "seed": self.seed,
+            "step": self.step,
+            "selected_at": self._selected_at,
+            "notes": list(self.notes),
+            "tensors": {name: tensor.state_dict() for name, tensor in self._tensors.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; load the model's and the optimizers' state as well, the model's after building the sparsifier.
+
+        Raises:
+            InputError: the state is of another recipe, seed or model, or the model's weights were pruned by this sparsifier's first mask.
+        """
+        if state.get("version") != 1:
+            raise InputError(f"load_state_dict: version {state.get('version')!r} is unknown; this is version 1")
+        if state["recipe"] != self.recipe.to_yaml():
+            raise InputError("load_state_dict: the state belongs to another recipe; build the sparsifier with the recipe it was saved with")
+        if state["seed"] != self.seed:
+            raise InputError(f"load_state_dict: the state has seed {state['seed']}, this sparsifier {self.seed}")
+        theirs, mine = state["tensors"], self._tensors
+        if set(theirs) != set(mine):
+            odd = sorted(set(theirs) ^ set(mine))
+            raise InputError(f"load_state_dict: the state belongs to another model; {odd[0]} is a target of only one of them")
+        loaded = {name: mine[name].read(saved) for name, saved in theirs.items()}
+        self._refuse_pruned_weights(loaded)
+        for name, saved in theirs.items():
+            mine[name].load_state_dict(saved, loaded[name])
+        self.step, self._selected_at, self.notes = state["step"], state["selected_at"], list(state["notes"])
+        self._round_is_open = False
+        self._look_ahead()
+        self._announce()
+
+    def _refuse_pruned_weights(self, loaded: Mapping[str, Masks]) -> None:
+        """Refuse a model that was loaded before this sparsifier was built: its first mask has already cut active weights away."""
+        if self.recipe.relaxation.keeps_dense_weights or self._selected_at is None or self.step:
+            return
+        lost = alive = 0
+        for name, tensor in self._tensors.items():
+            if tensor.pruned is None or "pruned" not in loaded[name]:
+                continue
+            cut = tensor.pruned & ~loaded[name]["pruned"].to(tensor.pruned.device)
+            values = tensor.weight[cut]
+            lost += int((values == 0).sum())
+            alive += int((values != 0).sum())
+        if lost and not alive:
+            raise InputError(
+                "load_state_dict: the model's active weights are zero where a new sparsifier prunes; load the model's weights after"
+                " building the sparsifier, not before"
+            )
+
+    # ------------------------------------------------------------------ small helpers
+
+    def _of(self, group: dict[str, Any]) -> list[MaskedTensor]:
+        """Return the target tensors of an optimizer group."""
+        return [self._by_parameter[p] for p in group["params"] if p in self._by_parameter]
+
+    def _index(self, optimizer: Optimizer) -> int:
+        return next(i for i, known in enumerate(self._optimizers) if known is optimizer)
+
+    def _tell(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=2)
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Return whether a gradient scaler makes this (fused) step a no-op."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+def _drop_gradients(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def _without_step(closure: Callable[[], Any], optimizer: Optimizer) -> Any:
+    loss = closure()
+    _drop_gradients(optimizer)
+    return loss
+
+
+def _with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> tuple[Any, Any]:
+    if len(args) > 1:
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}
