@@ -12,7 +12,7 @@ import niwaki
 
 
 class Net(nn.Module):
-    """A convolution, a batch norm and three linear layers: targets are conv2, fc1 and fc2 (not the first convolution, not the last layer)."""
+    """Two convolutions, a batch norm and three linear layers: conv2, fc1 and fc2 are targets (not the first convolution or last layer)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,4 +107,7 @@ def recipe(text: str) -> niwaki.Recipe:
 def pruned_are_zero(model: nn.Module, masks: niwaki.Masks) -> bool:
     """Whether every masked weight is +0.0 (not -0.0, not NaN)."""
     parameters = dict(model.named_parameters())
-    return all(not parameters[n].detach()[~mask].view(torch.int32 if parameters[n].element_size() == 4 else torch.int64).any() for n, mask in masks.items())
+    return all(
+        not parameters[n].detach()[~mask].view(torch.int32 if parameters[n].element_size() == 4 else torch.int64).any()
+        for n, mask in masks.items()
+    )

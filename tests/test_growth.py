@@ -16,7 +16,6 @@ from niwaki.growth import (
     CosineDecay,
     GradientGrowth,
     LinearDecay,
-    NoGrowth,
     PowerDecay,
     RandomGrowth,
     dropped,
@@ -116,7 +115,6 @@ def test_defaults_are_those_of_set_and_rigl():
 
 def test_only_growths_that_exchange_pieces_grow():
     assert {name: cls.grows for name, cls in REGISTRY["growth"].items()} == {"none": False, "all": False, "random": True, "gradient": True}
-    assert NoGrowth().initial_mask == AllGrowth().initial_mask == "saliency"
 
 
 @pytest.mark.parametrize(

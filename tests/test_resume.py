@@ -33,7 +33,7 @@ def start(row):
 
 
 def go_on(run, steps):
-    model, optimizer, scheduler, sparsifier = run
+    model, optimizer, scheduler, _ = run
     losses = train(model, [optimizer], steps, lambda step: scheduler.step())
     return losses
 
@@ -51,7 +51,10 @@ def digest(run, losses):
 
 
 def checkpoint(run):
-    return {"random": torch.get_rng_state(), **{k: part.state_dict() for k, part in zip(("model", "optimizer", "scheduler", "sparsifier"), run, strict=True)}}
+    return {
+        "random": torch.get_rng_state(),
+        **{k: part.state_dict() for k, part in zip(("model", "optimizer", "scheduler", "sparsifier"), run, strict=True)},
+    }
 
 
 def resume(folder: Path):
@@ -76,7 +79,10 @@ def digests(tmp_path_factory):
         go_on(run, range(HALF))
         torch.save(checkpoint(run), folder / f"{row}.pt")
         expected[row] = digest(run, go_on(run, range(HALF, STEPS)))
-    script = f"import sys, pathlib, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); torch.set_num_threads(1); import test_resume; test_resume.resume(pathlib.Path({str(folder)!r}))"
+    script = (
+        f"import sys, pathlib, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); torch.set_num_threads(1);"
+        f"import test_resume; test_resume.resume(pathlib.Path({str(folder)!r}))"
+    )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return expected, dict(line.split() for line in done.stdout.splitlines())

@@ -29,7 +29,13 @@ def test_the_model_looks_the_same_before_during_and_after(name):
     def look():
         modules = [(n, type(m), sorted(k for k in vars(m) if k != "training")) for n, m in model.named_modules()]
         tensors = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
-        return modules, tensors, [n for n, _ in model.named_parameters()], [n for n, _ in model.named_buffers()], [id(p) for p in model.parameters()]
+        return (
+            modules,
+            tensors,
+            [n for n, _ in model.named_parameters()],
+            [n for n, _ in model.named_buffers()],
+            [id(p) for p in model.parameters()],
+        )
 
     before = look()
     optimizer = sgd(model)
@@ -212,9 +218,7 @@ def test_clipping_sees_the_active_norm():
     plain = copy.deepcopy(model)
     functional.cross_entropy(plain(images), labels).backward()
     masks = sparsifier.masks
-    expected = torch.stack(
-        [(p.grad * masks[n] if n in masks else p.grad).norm() for n, p in plain.named_parameters()]
-    ).norm()
+    expected = torch.stack([(p.grad * masks[n] if n in masks else p.grad).norm() for n, p in plain.named_parameters()]).norm()
     dense = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
     torch.testing.assert_close(seen, expected)
     assert seen < 0.999 * dense
@@ -320,7 +324,9 @@ def test_rigl_keeps_the_count_lets_dropped_weights_compete_and_takes_no_step():
     """Checked against a plain reimplementation of the update order on the tensors themselves."""
     model = net(dtype=torch.float64)
     optimizer = sgd(model)
-    sparsifier = niwaki.Sparsifier(model, recipe(RIGL.replace("growth: gradient", "growth: {gradient: {fraction: 0.5}}")), total_steps=STEPS)
+    sparsifier = niwaki.Sparsifier(
+        model, recipe(RIGL.replace("growth: gradient", "growth: {gradient: {fraction: 0.5}}")), total_steps=STEPS
+    )
     sparsifier.attach(optimizer)
     active = sparsifier.masks.active
     assert active == kept(0.8, TARGET_ELEMENTS)
@@ -432,7 +438,8 @@ def test_granularities_train_and_count(granularity, allocation):
     sparsity = {"2:4": 0.5, "1:3": 2 / 3}.get(granularity, 0.5)
     # 1:3 divides no input width here: pad says what happens to the remainder
     granularity = "{n_m: {n: 1, m: 3, remainder: pad}}" if granularity == "1:3" else granularity
-    text = f"granularity: {granularity}\nsparsity: {sparsity!r}\nallocation: {allocation}\nschedule: {{cubic: {{every: 2 steps, end: 0.5 run}}}}"
+    schedule = "{cubic: {every: 2 steps, end: 0.5 run}}"
+    text = f"granularity: {granularity}\nsparsity: {sparsity!r}\nallocation: {allocation}\nschedule: {schedule}"
     sparsifier = niwaki.Sparsifier(model, recipe(text), total_steps=STEPS).attach(optimizer)
     train(model, [optimizer], range(STEPS))
     masks = sparsifier.masks
@@ -456,14 +463,18 @@ def test_snip_from_data_equals_the_gradient_of_a_mask():
     gates = {n: torch.ones_like(p, requires_grad=True) for n, p in model.named_parameters() if n in TARGETS}
     twin = copy.deepcopy(model)
     loss = sum(
-        functional.cross_entropy(torch.func.functional_call(twin, {n: p * gates[n] if n in gates else p for n, p in twin.named_parameters()}, x), y)
+        functional.cross_entropy(
+            torch.func.functional_call(twin, {n: p * gates[n] if n in gates else p for n, p in twin.named_parameters()}, x), y
+        )
         for x, y in data
     )
     loss.backward()
     scores = torch.cat([g.grad.abs().flatten() for g in gates.values()])
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     random_state = torch.get_rng_state()
-    masks = niwaki.Sparsifier(model, recipe("sparsity: 0.8\nsaliency: snip\nallocation: global"), data=data, loss=functional.cross_entropy).masks
+    masks = niwaki.Sparsifier(
+        model, recipe("sparsity: 0.8\nsaliency: snip\nallocation: global"), data=data, loss=functional.cross_entropy
+    ).masks
     expected = torch.zeros_like(scores, dtype=torch.bool)
     expected[torch.sort(scores, descending=True, stable=True).indices[: kept(0.8, TARGET_ELEMENTS)]] = True
     agreement = (torch.cat([m.flatten() for m in masks.values()]) == expected).float().mean()
@@ -584,6 +595,19 @@ def test_finalizing_early_is_told():
         sparsifier.finalize()
 
 
+def test_growth_that_never_acts_is_told():
+    with pytest.warns(UserWarning, match="growth 'gradient' never acts"):
+        niwaki.Sparsifier(net(), niwaki.method("rigl"), total_steps=STEPS)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9, 0.95])
+def test_top_kast_takes_any_sparsity(sparsity):
+    sparsifier = niwaki.Sparsifier(net(), niwaki.method("top_kast", sparsity=sparsity), total_steps=STEPS)
+    learning = sum(int((~t.blocked).sum()) for t in sparsifier._tensors.values())
+    assert sparsifier.masks.active == kept(sparsity, TARGET_ELEMENTS)
+    assert abs(learning - min(2 * (1 - sparsity), 1) * TARGET_ELEMENTS) <= 1
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -611,7 +635,11 @@ def test_bad_input_is_one_line_that_says_what_and_where():
     def no_gradient():
         model = net()
         optimizer = sgd(model)
-        niwaki.Sparsifier(model, recipe(RIGL.replace("every: 4 steps", "every: 1 steps").replace("gradient", "{gradient: {at_update: step}}")), total_steps=8).attach(optimizer)
+        niwaki.Sparsifier(
+            model,
+            recipe(RIGL.replace("every: 4 steps", "every: 1 steps").replace("gradient", "{gradient: {at_update: step}}")),
+            total_steps=8,
+        ).attach(optimizer)
         optimizer.step()
         optimizer.step()
 
@@ -624,6 +652,9 @@ def test_bad_input_is_one_line_that_says_what_and_where():
         "remainder": lambda: niwaki.Sparsifier(net(), recipe("granularity: 2:5")),
         "woodfisher": lambda: niwaki.Sparsifier(net(), recipe("sparsity: 0.5\nsaliency: woodfisher")),
         "nowhere": lambda: niwaki.Sparsifier(net(), recipe("sparsity: 0.5\ntarget: {weights: {include: ['nowhere.*']}}")),
+        "after the run's 16 steps": lambda: niwaki.Sparsifier(
+            net(), recipe("sparsity: 0.5\nschedule: {cubic: {end: 20 steps}}"), total_steps=STEPS
+        ),
         "Optimizer": lambda: niwaki.Sparsifier(net(), recipe("sparsity: 0.5")).attach(net()),
     }
     for what, case in cases.items():

@@ -4,9 +4,12 @@ The policy acts on the gradient at the step boundary. Everything but ``active`` 
 the published ones: in a hard-masked tensor a pruned weight has no value that could learn.
 """
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
 
 from niwaki.component import Component, Fraction
+from niwaki.errors import InputError
 
 
 class GradientPolicy(Component):
@@ -53,10 +56,28 @@ class Superset(GradientPolicy):
 
     Attributes:
         sparsity: share of the targets outside the superset, in [0, 1), below the recipe's sparsity.
+        multiple: instead of ``sparsity``: how many times as many elements as the active set the superset has, above 1.
     """
 
     name = "superset"
     equation = "g <- B * g, B = top (1 - sparsity) by saliency, B contains M"
     source = "Jayakumar, Pascanu, Rae, Osindero, Elsen 2020 (Top-KAST)"
 
-    sparsity: Fraction
+    sparsity: Fraction | None = None
+    multiple: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.sparsity is None) == (self.multiple is None):
+            raise InputError("give either sparsity or multiple, and not both")
+        return self
+
+    def outside(self, sparsity: float) -> float:
+        """Return the share outside the superset while the active set has this sparsity; never more than that.
+
+        >>> round(Superset(multiple=2.0).outside(0.9), 12), Superset(sparsity=0.8).outside(0.5)
+        (0.8, 0.5)
+        """
+        outside = self.sparsity if self.multiple is None else max(0.0, 1.0 - self.multiple * (1.0 - sparsity))
+        assert outside is not None
+        return min(outside, sparsity)

@@ -163,20 +163,6 @@ class Growth(Component):
     grows: ClassVar[bool] = False
     """Whether updates drop a fraction of the active pieces and grow others in their place by ``score`` (see ``DropAndGrow``)."""
 
-    if TYPE_CHECKING:  # A value here would shadow the fields of ``DropAndGrow``.
-
-        @property
-        def fraction(self) -> Decay:
-            """The share of active pieces that is dropped; only where ``grows``."""
-
-        @property
-        def at_update(self) -> str:
-            """What the optimizer does at an update; only where ``grows``."""
-
-        @property
-        def initial_mask(self) -> str:
-            """How the first mask is chosen."""
-
     def score(self, seen: Observation, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """Return how soon each piece comes back, higher = sooner; read only for pieces that are candidates.
 
@@ -200,8 +186,6 @@ class NoGrowth(Growth):
     equation = "M_t+1 <= M_t"
     source = "the usual pruning; LeCun, Denker, Solla 1989"
 
-    initial_mask: ClassVar[str] = "saliency"
-
 
 class AllGrowth(Growth):
     """Everything may come back: each update chooses among all pieces anew, and a dense phase restores them all, at zero.
@@ -212,8 +196,6 @@ class AllGrowth(Growth):
     name = "all"
     equation = "M = 1 at a dense time"
     source = "Han et al. 2017 (DSD); Peste, Iofinova, Vladu, Alistarh 2021 (AC/DC)"
-
-    initial_mask: ClassVar[str] = "saliency"
 
     def score(self, seen: Observation, reduce: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: D102
         return torch.zeros_like(reduce(torch.zeros_like(seen.weight)))

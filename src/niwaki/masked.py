@@ -83,7 +83,9 @@ class MaskedTensor:
         """Zero the gradient of what does not learn as soon as it is accumulated, whenever ``masks_now()`` says so."""
         parameter = self.bound.parameter
         if self._hook is None and parameter.requires_grad and self.latent is None:
-            self._hook = parameter.register_post_accumulate_grad_hook(lambda _: self.mask_gradient() if masks_now() else None)
+            self._hook = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _: self.mask_gradient() if masks_now() else None
+            )
 
     @property
     def watched(self) -> bool:

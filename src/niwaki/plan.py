@@ -93,9 +93,8 @@ def plan(
     Raises:
         InputError: as :class:`niwaki.Sparsifier` would for the same arguments.
     """
-    recipe.require_complete()
     clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
-    recipe.schedule.validate_with(clock)
+    notes = recipe.fit(clock)
     targets, left_out = select_targets(model, recipe.target)
     bounds: list[Bound] = []
     for target in targets:
@@ -108,7 +107,6 @@ def plan(
         raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
     sparsity = recipe.final_sparsity
     keep: list[int | None] = [None] * len(bounds)
-    notes: list[str] = []
     why = f"relaxation {recipe.relaxation.name}: its strength decides"
     if sparsity is not None and recipe.allocation.joint:
         why = f"allocation {recipe.allocation.name}: one ranking of all tensors"
@@ -116,7 +114,7 @@ def plan(
         layers = [b.layer for b in bounds]
         counts, raised = guard(recipe.allocation.keep(sparsity, layers, sparsity), layers)
         keep = list(counts)
-        notes = [f"keeps one piece of {name}, which the allocation {recipe.allocation.name!r} would empty" for name in raised]
+        notes += [f"keeps one piece of {name}, which the allocation {recipe.allocation.name!r} would empty" for name in raised]
         why = f"allocation {recipe.allocation.name}"
     updates = {}
     if sparsity is not None:

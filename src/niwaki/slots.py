@@ -7,6 +7,7 @@ its slots are set to what the optimizer itself would give a new weight: not alwa
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def forget_history(optimizer: Optimizer) -> None:
         optimizer.state.clear()
 
 
-def own_group(optimizer: Optimizer, index: int, named: dict[str, Tensor], options: dict[str, object], scheduler: Any | None) -> None:
+def own_group(optimizer: Optimizer, index: int, named: Mapping[str, Tensor], options: dict[str, object], scheduler: Any | None) -> None:
     """Add a group for a relaxation's own parameters, with the options of group ``index``, and let the scheduler drive it too.
 
     A learning rate in ``options`` is the one that the new group has when the base group is at its initial one: schedules scale both.

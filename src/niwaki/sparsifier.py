@@ -25,6 +25,7 @@ from niwaki.binding import bind
 from niwaki.calibration import loss_gradients, preserved
 from niwaki.clock import Clock
 from niwaki.errors import InputError
+from niwaki.gradient import Superset
 from niwaki.growth import DropAndGrow, NoGrowth
 from niwaki.masked import MaskedTensor
 from niwaki.masks import Masks, local
@@ -78,14 +79,14 @@ class Sparsifier:
         data: Iterable[tuple[Any, Any]] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
-        recipe.require_complete()
         self.model, self.recipe, self.seed = model, recipe, seed
         self.clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
-        recipe.schedule.validate_with(self.clock)
         self.step = 0
         """Optimizer steps taken so far; overflow-skipped steps of a gradient scaler do not count."""
         self.notes: list[str] = []
         """What a user should know: guards that acted, state that could not be reached, tensors left out."""
+        for note in recipe.fit(self.clock):
+            self._tell(note)
         self.left_out: list[LeftOut] = []
         self._tensors: dict[str, MaskedTensor] = {}
         targets, self.left_out = select_targets(model, recipe.target)
@@ -96,6 +97,9 @@ class Sparsifier:
             else:
                 with torch.no_grad():
                     self._tensors[target.name] = MaskedTensor(bound, recipe, seed)
+                if bound.group is not None and recipe.normalization.name not in ("none", "per_flop"):
+                    name = recipe.normalization.name
+                    raise InputError(f"normalization: {name!r} needs whole tensors, and {bound.name} is sharded; choices: none, per_flop")
         if not self._tensors:
             raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
         self._by_parameter = {t.bound.parameter: t for t in self._tensors.values()}
@@ -298,8 +302,10 @@ class Sparsifier:
         assert sparsity is not None
         tensors = list(self._tensors.values())
         keep = self._next(sparsity, first)
-        superset = getattr(self.recipe.gradient, "sparsity", None)
-        learns = keep if superset is None else [a | b for a, b in zip(keep, self._next(min(superset, sparsity), first), strict=True)]
+        learns = keep
+        if isinstance(self.recipe.gradient, Superset):
+            wider = self._next(self.recipe.gradient.outside(sparsity), first)
+            learns = [a | b for a, b in zip(keep, wider, strict=True)]
         require_same({t.bound.name: k for t, k in zip(tensors, keep, strict=True) if t.bound.group is None}, self.step)
         changed = False
         for tensor, mask, learn in zip(tensors, keep, learns, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -157,16 +158,16 @@ def _choose(
     """
     groups = [b.group for b in bounds]
     names = [b.name for b in bounds]
-    forced = [_protected(recipe, bounds[i], lambda i=i: scores(i), eligible[i]) for i in range(len(bounds))]  # type: ignore[misc]
+    forced = [_protected(recipe, bounds[i], partial(scores, i), eligible[i]) for i in range(len(bounds))]
     if not recipe.allocation.joint:
         result = []
         for i, bound in enumerate(bounds):
-            result += _forced_select([lambda i=i: scores(i)], counts[i], [eligible[i]], [forced[i]], [bound.name], bound.group)  # type: ignore[misc]
+            result += _forced_select([partial(scores, i)], counts[i], [eligible[i]], [forced[i]], [bound.name], bound.group)
         return result
     group = groups[0]
     if any(g is not group for g in groups):
         raise InputError("allocation: global needs all target tensors sharded over the same processes")
-    lazy = [lambda i=i: scores(i) for i in range(len(bounds))]  # type: ignore[misc]
+    lazy = [partial(scores, i) for i in range(len(bounds))]
     while True:
         keep = _forced_select(lazy, counts[0], list(eligible), forced, names, group)
         if taken is not None or counts[0] < len(bounds):

@@ -39,7 +39,12 @@ def ddp_worker(rank, file, results):
         model = nn.parallel.DistributedDataParallel(plain_net())
         sparsifier = run(model, name, rank, WORLD)
         clean = pruned_are_zero(model.module, sparsifier.masks)
-        results[f"{name}{rank}"] = (sparsifier.masks.hash(), list(sparsifier.masks), clean, [p.detach().tolist() for p in model.module.fc2.parameters()])
+        results[f"{name}{rank}"] = (
+            sparsifier.masks.hash(),
+            list(sparsifier.masks),
+            clean,
+            [p.detach().tolist() for p in model.module.fc2.parameters()],
+        )
     dist.destroy_process_group()
 
 
@@ -61,7 +66,12 @@ def fsdp_worker(rank, file, results):
             parts = [None] * WORLD
             dist.all_gather_object(parts, mask)
             whole[target] = torch.cat(parts)
-        results[f"{name}{rank}"] = (niwaki.Masks(whole).hash(), list(whole), True, [p.full_tensor().tolist() for p in model.fc2.parameters()])
+        results[f"{name}{rank}"] = (
+            niwaki.Masks(whole).hash(),
+            list(whole),
+            True,
+            [p.full_tensor().tolist() for p in model.fc2.parameters()],
+        )
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from niwaki.errors import InputError
-from niwaki.formats import load, save
+from niwaki.formats import container, load, save
 from niwaki.masks import Masks, sparsity_of
 
 
@@ -39,6 +39,13 @@ def rank_main(rank: int, folder: str) -> None:
         shards = Masks({name: mask[rows[mask.shape[0]]] for name, mask in keep.items()})
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter.to_local(), reference.get_parameter(name)[rows[parameter.shape[0]]]), name
+
+        if rank == 1:
+
+            def write(*_: object) -> None:
+                raise AssertionError("only the first rank writes")
+
+            container.write = write
 
         path = Path(folder, "model.safetensors")
         for masks in (shards, Masks(keep)):

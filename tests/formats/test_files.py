@@ -345,6 +345,15 @@ def test_a_wrong_description_is_refused(tmp_path: Path, text: str, message: str)
     assert "\n" not in str(caught.value)
 
 
+def test_a_description_under_a_damaged_name_is_refused(tmp_path: Path) -> None:
+    weight = torch.ones(3)
+    save({"w": weight, "tied": weight}, tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    (tmp_path / "file").write_bytes(data.replace(b'"niwaki":', b'"njwaki":'))
+    with pytest.raises(InputError, match="file: a niwaki description stands under another name"):
+        load(tmp_path / "file")
+
+
 def raw(path: Path, header: str, data: bytes) -> Path:
     path.write_bytes(struct.pack("<Q", len(header.encode())) + header.encode() + data)
     return path

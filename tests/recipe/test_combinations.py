@@ -127,7 +127,7 @@ REFUSED = [
         f"{{granularity: 2:4, relaxation: latent, gradient: {{superset: {{sparsity: 0.75}}}}, {UPDATES}}}",
         "gradient.superset.sparsity: 0.75 must be below the recipe's sparsity, 0.5",
     ),
-    (f"{{{STR}, gradient: {{superset: {{sparsity: 0.5}}}}}}", "gradient.superset.sparsity: a superset of what? give the recipe a sparsity"),
+    (f"{{{STR}, gradient: {{superset: {{sparsity: 0.5}}}}}}", "gradient.superset: a superset of what? give the recipe a sparsity"),
     (
         f"{{sparsity: 0.9, relaxation: latent, penalty: exploration_l2, {UPDATES}}}",
         "penalty: 'exploration_l2' needs gradient: {superset: {sparsity: S}}, not 'active'",

@@ -303,7 +303,7 @@ ERRORS = [
         "{sparsity: 0.9, growth: {gradient: {fraction: cosin}}, schedule: constant}",
         "growth.gradient.fraction: decay: unknown component 'cosin'; did you mean",
     ),
-    ("{sparsity: 0.9, relaxation: latent, gradient: superset}", "gradient.superset.sparsity: this field is required"),
+    ("{sparsity: 0.9, relaxation: latent, gradient: superset}", "gradient.superset: give either sparsity or multiple, and not both"),
     ("{sparsity: 1}", "sparsity: must be in [0, 1), got 1"),
     ("{sparsity: 1.0}", "sparsity: must be in [0, 1), got 1.0"),
     ("{sparsity: -0.1}", "sparsity: must be in [0, 1), got -0.1"),

@@ -75,7 +75,7 @@ def at_the_boundary(text, optimizer, compiled=False):
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    own = [p for p in opt.param_groups[-1]["params"]]
+    own = list(opt.param_groups[-1]["params"])
     return losses, own, model, sparsifier
 
 

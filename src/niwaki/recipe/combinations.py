@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from niwaki.clock import Time
 from niwaki.component import REGISTRY, Component, Missing
+from niwaki.gradient import Superset
+from niwaki.growth import DropAndGrow
 from niwaki.relaxation import Relaxation
 from niwaki.schedule import Listed, OneShot, Phases, Ramp
 
@@ -182,7 +184,7 @@ def growth_needs_hard_masks(recipe: Slots, given: Collection[str]) -> str | None
 def growth_leaves_steps(recipe: Slots, given: Collection[str]) -> str | None:
     """Skipping the step of every update while every step updates would never train."""
     every: Time | None = getattr(recipe.schedule, "every", None)
-    if not recipe.growth.grows or recipe.growth.at_update != "skip_step":
+    if not isinstance(recipe.growth, DropAndGrow) or recipe.growth.at_update != "skip_step":
         return None
     if every is None or every.unit != "steps" or round(every.value) > 1:
         return None
@@ -223,14 +225,14 @@ def gradient_has_weights(recipe: Slots, given: Collection[str]) -> str | None:
 
 def superset_is_larger(recipe: Slots, given: Collection[str]) -> str | None:
     """The superset contains the active weights and more."""
-    outer: float | None = getattr(recipe.gradient, "sparsity", None)
-    final = recipe.final_sparsity
-    if outer is None:
+    if not isinstance(recipe.gradient, Superset):
         return None
-    where = f"gradient.{recipe.gradient.name}.sparsity"
+    outer, final = recipe.gradient.sparsity, recipe.final_sparsity
     if final is None:
-        return f"{where}: a superset of what? give the recipe a sparsity, or choose gradient: active or dense"
-    return None if outer < final else f"{where}: {outer!r} must be below the recipe's sparsity, {final!r}"
+        return "gradient.superset: a superset of what? give the recipe a sparsity, or choose gradient: active or dense"
+    if outer is None or outer < final:
+        return None
+    return f"gradient.superset.sparsity: {outer!r} must be below the recipe's sparsity, {final!r}; or say multiple"
 
 
 def penalty_has_superset(recipe: Slots, given: Collection[str]) -> str | None:

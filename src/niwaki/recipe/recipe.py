@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from niwaki.clock import TimeField
+from niwaki.clock import Clock, TimeField
 from niwaki.component import Component, Missing, describe
 from niwaki.errors import InputError, did_you_mean
 from niwaki.recipe import combinations, text
@@ -253,6 +253,28 @@ class Recipe(Slots):
         """Raise InputError, naming what is missing, when this version cannot run the recipe."""
         if self.missing:
             raise InputError(f"this recipe needs what this version of Niwaki cannot run yet: {', '.join(self.missing)}")
+
+    def fit(self, clock: Clock) -> list[str]:
+        """Check the recipe against the length of a run, and return what the user should know of it.
+
+        Raises:
+            InputError: a component is missing, a time cannot be resolved, or the schedule ends after the run.
+        """
+        self.require_complete()
+        self.schedule.validate_with(clock)
+        last = self.schedule.last(clock)
+        if clock.total_steps is not None and last > clock.total_steps:
+            raise InputError(
+                f"schedule.{self.schedule.name}: it ends at step {last}, after the run's {clock.total_steps} steps; lengthen the run, or"
+                " say times in run, such as 0.75 run"
+            )
+        if self.growth.grows and self.final_sparsity is not None and last == self._first_update(clock):
+            return [f"growth {self.growth.name!r} never acts: the schedule makes its only update before step {last}; shorten its every"]
+        return []
+
+    def _first_update(self, clock: Clock) -> int:
+        last, target = self.schedule.last(clock), self.final_sparsity or 0.0
+        return next((step for step in range(last) if self.schedule.at(step, target, clock) is not None), last)
 
     def describe(self) -> list[str]:
         """Return one line for each choice, for people: the slot, its component with its settings, and what that does."""
