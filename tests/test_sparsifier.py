@@ -595,6 +595,41 @@ def test_finalizing_early_is_told():
         sparsifier.finalize()
 
 
+def test_ever_active_share_counts_what_was_ever_active():
+    def share(text):
+        model = net()
+        optimizer = sgd(model)
+        sparsifier = niwaki.Sparsifier(model, recipe(text), total_steps=STEPS).attach(optimizer)
+        ever = sparsifier.masks
+        seen = [ever]
+        train(model, [optimizer], range(STEPS), lambda step: seen.append(sparsifier.masks))
+        for masks in seen:
+            ever = ever | masks
+        assert sparsifier.ever_active_share == pytest.approx(ever.density)
+        return ever.density
+
+    assert share(STATIC) == pytest.approx(0.2, abs=1e-3)
+    assert share(GMP) == 1.0
+    assert 0.2 < share(RIGL) < 1.0
+    assert 0.2 < share(TOP_KAST) < 1.0
+
+
+@pytest.mark.parametrize("kind", ["copy", "second"])
+def test_a_copied_optimizer_is_attached_again(kind):
+    """A shallow copy holds the same parameters without our hooks; two optimizers may also take turns on one model."""
+    model = net()
+    first = sgd(model)
+    sparsifier = niwaki.Sparsifier(model, recipe(RIGL), total_steps=STEPS).attach(first)
+    second = copy.copy(first) if kind == "copy" else torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert not second._optimizer_step_pre_hooks
+    sparsifier.attach(second)
+    for step in range(STEPS):
+        train(model, [second if step % 2 or kind == "copy" else first], range(step, step + 1))
+        assert sparsifier.step == step + 1
+        assert pruned_are_zero(model, sparsifier.masks)
+        sparsifier.state_dict()
+
+
 def test_growth_that_never_acts_is_told():
     with pytest.warns(UserWarning, match="growth 'gradient' never acts"):
         niwaki.Sparsifier(net(), niwaki.method("rigl"), total_steps=STEPS)

@@ -26,7 +26,7 @@ class MaskedTensor:
         pruned: True where the mask is (inactive); None while nothing was selected.
         blocked: True where the gradient is zeroed: ``pruned``, or what is outside the superset.
         cut: True where a selection pruned beside a relaxation that decides itself.
-        ever_active: True where the tensor was active at some time; kept only if pruned weights can come back.
+        ever_active: True where the tensor was active at some time; None while that is everywhere.
         latent: the weight that is trained, where the parameter holds a published one.
         own: the relaxation's own trainable parameters.
     """
@@ -166,21 +166,23 @@ class MaskedTensor:
 
     # ------------------------------------------------------------------ masks and checkpoints
 
-    def set_masks(self, keep: Tensor, learns: Tensor | None, comes_back: bool) -> Tensor | None:
+    def set_masks(self, keep: Tensor, learns: Tensor | None, before_training: bool) -> Tensor | None:
         """Take a new mask and bring the weight in line with it.
 
         Args:
             keep: True where active.
             learns: True where the gradient is used; None for everywhere.
-            comes_back: whether pruned weights can come back, so that it matters which were ever active.
+            before_training: whether no step was taken with another mask.
 
         Returns:
             where the optimizer's slots must be fresh: what learns and did not, or did and no longer does.
         """
         before = self.blocked
         self.pruned, self.blocked = ~keep, None if learns is None else ~learns
-        if comes_back:
-            self.ever_active = keep if self.ever_active is None else self.ever_active | keep
+        if before_training:
+            self.ever_active = keep
+        elif self.ever_active is not None:
+            self.ever_active = self.ever_active | keep
         if self.latent is None:
             self.project()
         else:

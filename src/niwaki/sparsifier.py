@@ -104,6 +104,7 @@ class Sparsifier:
             raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
         self._by_parameter = {t.bound.parameter: t for t in self._tensors.values()}
         self._optimizers: list[Optimizer] = []
+        self._held: list[frozenset[int]] = []
         self._handles: list[RemovableHandle] = []
         self._callbacks: list[MasksChanged] = []
         self._stepped: set[int] = set()
@@ -151,10 +152,10 @@ class Sparsifier:
     # ------------------------------------------------------------------ attaching
 
     def attach(self, *optimizers: Optimizer, scheduler: Any | None = None) -> Sparsifier:
-        """Act in the hooks of these optimizers from now on; a step is complete when each has stepped once.
+        """Act in the hooks of these optimizers from now on; a step is complete when all their parameters were stepped once.
 
         Args:
-            optimizers: those that hold the model's parameters; may be called again with more.
+            optimizers: those that hold the model's parameters; may be called again with more, such as a copy, which has lost its hooks.
             scheduler: the learning-rate scheduler (or a list of them), if one was already made and the relaxation adds an own group.
 
         Raises:
@@ -169,6 +170,7 @@ class Sparsifier:
             if any(optimizer is known for known in self._optimizers):
                 raise InputError("attach: this optimizer is attached already")
             self._optimizers.append(optimizer)
+            self._held.append(frozenset(id(p) for group in optimizer.param_groups for p in group["params"]))
             self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
         for tensor in self._tensors.values():
             tensor.watch_gradient(lambda: not self._dense_gradient_next)
@@ -235,7 +237,7 @@ class Sparsifier:
             for tensor in self._of(group):
                 tensor.leave_step()
         self._stepped.add(self._index(optimizer))
-        if len(self._stepped) == len(self._optimizers):
+        if frozenset().union(*self._held) == frozenset().union(*(self._held[i] for i in self._stepped)):
             self._close_round()
 
     def _close_round(self) -> None:
@@ -310,7 +312,7 @@ class Sparsifier:
         changed = False
         for tensor, mask, learn in zip(tensors, keep, learns, strict=True):
             changed = changed or not torch.equal(mask, tensor.kept(tensor.pruned))
-            moved = tensor.set_masks(mask, learn if self.recipe.gradient.masked else None, not isinstance(self.recipe.growth, NoGrowth))
+            moved = tensor.set_masks(mask, learn if self.recipe.gradient.masked else None, self.step == 0)
             if moved is not None:
                 self._freshen(tensor, moved)
         self._selected_at = self.step

@@ -191,11 +191,13 @@ def _forced_select(
     """Select ``keep`` pieces, the forced ones first."""
     if all(f is None for f in forced):
         return select(scores, keep, eligible=eligible, names=names, group=group)
-    number = torch.stack([f.sum() for f in forced if f is not None]).sum()
+    number = sum(int(f.sum()) for f in forced if f is not None)
     if group is not None:
-        dist.all_reduce(number, group=group)
+        whole = torch.tensor(number, device=next(f.device for f in forced if f is not None))
+        dist.all_reduce(whole, group=group)
+        number = int(whole)
     rest = [e if f is None else (~f if e is None else e & ~f) for e, f in zip(eligible, forced, strict=True)]
-    chosen = select(scores, max(keep - int(number), 0), eligible=rest, names=names, group=group)
+    chosen = select(scores, max(keep - number, 0), eligible=rest, names=names, group=group)
     return [c if f is None else c | f for c, f in zip(chosen, forced, strict=True)]
 
 
@@ -210,13 +212,14 @@ def _protected(recipe: Recipe, bound: Bound, scores: Callable[[], Tensor], eligi
 
 def _sum_counts(pieces: Sequence[Tensor], bounds: Sequence[Bound]) -> list[int]:
     """Return how many pieces are True in each whole tensor."""
-    counts = torch.stack([p.sum() for p in pieces])
+    counts = [int(p.sum()) for p in pieces]
     for group in dict.fromkeys(b.group for b in bounds if b.group is not None):
-        mine = torch.tensor([b.group is group for b in bounds], device=counts.device)
-        part = torch.where(mine, counts, 0)
+        mine = [i for i, b in enumerate(bounds) if b.group is group]
+        part = torch.tensor([counts[i] for i in mine], device=pieces[mine[0]].device)
         dist.all_reduce(part, group=group)
-        counts = torch.where(mine, part, counts)
-    return [int(c) for c in counts]
+        for i, count in zip(mine, part.tolist(), strict=True):
+            counts[i] = count
+    return counts
 
 
 def _tell(update: Update, note: str) -> None:
