@@ -1,0 +1,95 @@
+"""Fills the pages with what the code knows, when the documentation is built: a marker in a page becomes tables."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import niwaki
+from niwaki.catalogue import Columns, Method
+from niwaki.component import REGISTRY, Component, describe
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the markers of a page; mkdocs calls it for each one."""
+    for marker, make in MARKERS.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, make())
+    return markdown
+
+
+def components() -> str:
+    """Return one table for each slot: those of a recipe in its order, then those that stand inside components."""
+    slots = [field for field in niwaki.Recipe.model_fields if field in REGISTRY]
+    return "\n\n".join(_slot(slot) for slot in [*slots, *sorted(REGISTRY.keys() - set(slots))])
+
+
+def _slot(slot: str) -> str:
+    names: dict[type[Component], list[str]] = {}
+    for name, cls in REGISTRY[slot].items():
+        names.setdefault(cls, []).append(name)
+    rows = [
+        (" or ".join(f"`{name}`" for name in known), describe(cls), _code(cls.equation), "<br>".join(_fields(cls)), cls.source)
+        for cls, known in names.items()
+    ]
+    return f"## {slot}\n\n{_table(('name', 'what it is', 'equation', 'fields and defaults', 'source'), rows)}"
+
+
+def _fields(cls: type[Component]) -> list[str]:
+    fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+    return [f"`{n}`" if f.is_required() else _code(f"{n}: {_value(f.get_default(call_default_factory=True))}") for n, f in fields.items()]
+
+
+def _value(value: Any) -> Any:
+    data = value.to_data() if isinstance(value, Component) else value
+    return "none" if data is None or data == () else data
+
+
+def methods() -> str:
+    """Return the catalogue as a table in the survey's columns, then each method with its source, differences and recipe."""
+    rows = [
+        (f"[`{m.name}`](#{m.name})", str(m.year), m.section, *m.columns.in_words().values(), m.fidelity) for m in niwaki.METHODS.values()
+    ]
+    columns = ("method", "year", "survey", *Columns.model_fields, "fidelity")
+    return "\n\n".join([_table(columns, rows), *(_method(m) for m in niwaki.METHODS.values())])
+
+
+def _method(method: Method) -> str:
+    differs = "\n".join(f"- {difference}" for difference in method.differs)
+    return "\n\n".join(
+        [
+            f"## {method.title} {{ #{method.name} }}",
+            f"`{method.name}` ({method.fidelity}). {method.citation}",
+            f"What differs from the paper:\n\n{differs}" if differs else "Nothing differs from the paper.",
+            f"```yaml\n{method.recipe.to_yaml()}```",
+        ]
+    )
+
+
+def public_face() -> str:
+    """Return a directive for each public name, by the module that defines it."""
+    defined = {"METHODS": "niwaki.catalogue.METHODS"}
+    for name in niwaki.__all__:
+        if name not in defined:
+            thing = getattr(niwaki, name)
+            defined[name] = f"{thing.__module__}.{thing.__qualname__}"
+    return "\n\n".join(f"::: {defined[name]}" for name in niwaki.__all__)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """Escape what would end the cell; between backticks it does not."""
+    return "`".join(part if i % 2 else part.replace("|", "\\|") for i, part in enumerate(cell.split("`")))
+
+
+MARKERS: dict[str, Callable[[], str]] = {
+    "<!-- components -->": components,
+    "<!-- methods -->": methods,
+    "<!-- public face -->": public_face,
+}
