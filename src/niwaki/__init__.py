@@ -1,11 +1,10 @@
 """Niwaki: sparsity in deep learning, pruning and growing neural networks."""
 
 from niwaki.catalogue import METHODS, method
+from niwaki.dry_run import Plan, plan
 from niwaki.errors import InputError, NiwakiError
 from niwaki.formats import load, save
-from niwaki.interpose import interpose
 from niwaki.masks import Masks
-from niwaki.plan import Plan, plan
 from niwaki.recipe import Recipe
 from niwaki.sparsifier import Sparsifier
 
@@ -19,7 +18,6 @@ __all__ = [
     "Plan",
     "Recipe",
     "Sparsifier",
-    "interpose",
     "load",
     "method",
     "plan",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from niwaki.allocation import Layer
 from niwaki.errors import InputError
 from niwaki.granularity import Granularity
 from niwaki.layout import Layout
-from niwaki.masks import local
+from niwaki.masks import is_sharded, local
 from niwaki.saliency import Observation
 
 
@@ -77,12 +77,17 @@ def bind(name: str, parameter: nn.Parameter, layout: Layout, granularity: Granul
     if not granularity.check(layout, name):
         return "its dimensions are not divisible by the granularity (remainder: skip)"
     pieces = prod(granularity.grid(layout))
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return Bound(name, parameter, layout, layout, 0, pieces)
+    return _bind_sharded(name, parameter, layout, granularity, pieces)
+
+
+def _bind_sharded(name: str, parameter: Any, layout: Layout, granularity: Granularity, pieces: int) -> Bound:
+    """Bind a DTensor: this rank's part is a chunk of rows."""
     sharded = [(i, p) for i, p in enumerate(parameter.placements) if not p.is_replicate()]
     if not sharded:
         return Bound(name, parameter, layout, layout, 0, pieces)
-    if len(sharded) > 1 or sharded[0][1] != Shard(0):
+    if len(sharded) > 1 or not sharded[0][1].is_shard(0):
         raise InputError(f"{name}: placements {parameter.placements} are not supported; shard over the first dimension only (FSDP2)")
     split = len(layout.shape) - parameter.ndim + 1  # dimensions of the view that make up the parameter's first dimension
     block = granularity.block(layout)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from niwaki.errors import InputError
+from niwaki.masks import is_sharded
 from niwaki.ranks import average_
 
 
@@ -55,4 +55,4 @@ def loss_gradients(model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Call
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     for gradient in gradients:
         gradient.div_(batches)
-    average_([g for g in gradients if not isinstance(g, DTensor)])
+    average_([g for g in gradients if not is_sharded(g)])

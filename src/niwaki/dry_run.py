@@ -70,6 +70,16 @@ class Plan:
             "notes": list(self.notes),
         }
 
+    def __str__(self) -> str:
+        rows = [(t.name, " x ".join(map(str, t.shape)), f"{t.pieces}", "?" if t.keep is None else f"{t.keep}", t.why) for t in self.tensors]
+        table = [("tensor", "shape", "pieces", "kept", "why"), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines.append(f"masks are updated: {self.when()}")
+        for reason in dict.fromkeys(one.reason for one in self.left_out):
+            lines.append(f"left dense, {reason}: {', '.join(one.name for one in self.left_out if one.reason == reason)}")
+        return "\n".join([*lines, *self.notes])
+
     def when(self) -> str:
         """Say in a few words when masks are updated."""
         if not self.updates:

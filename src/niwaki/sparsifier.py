@@ -62,7 +62,7 @@ class Sparsifier:
     >>> import torch, niwaki
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> sparsifier = niwaki.Sparsifier(model, niwaki.method("rigl", sparsity=0.75), total_steps=100).attach(optimizer)
+    >>> sparsifier = niwaki.Sparsifier(model, niwaki.method("rigl", sparsity=0.75), total_steps=1000).attach(optimizer)
     >>> round(sparsifier.sparsity, 2)
     0.75
     """

@@ -173,7 +173,10 @@ def test_a_final_cut():
         ({"name": "gmp", "allocation": "globl"}, "allocation: unknown component 'globl'; did you mean 'global'? choices: "),
         ({"name": "gmp", "relaxation": "hart"}, "relaxation: unknown component 'hart'; did you mean 'hard'? choices: "),
         ({"name": "gmp", "granularity": "5:4"}, "granularity"),
-        ({"name": "top_kast", "sparsity": 0.8, "gradient": {"superset": {"sparsity": 0.8}}}, "gradient.superset.sparsity: 0.8 must be below the recipe's sparsity, 0.8"),
+        (
+            {"name": "top_kast", "sparsity": 0.8, "gradient": {"superset": {"sparsity": 0.8}}},
+            "gradient.superset.sparsity: 0.8 must be below the recipe's sparsity, 0.8",
+        ),
         ({"name": "rigl", "schedule": "one_shot"}, "growth: 'gradient' needs a schedule that updates again"),
     ],
 )
