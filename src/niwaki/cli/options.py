@@ -1,0 +1,33 @@
+"""What the commands share: the group that knows near names, and the option ``--json``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from niwaki.errors import InputError, did_you_mean
+
+
+class Group(click.Group):
+    """A group of commands that names the nearest one when it does not have what was asked for."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command; raise InputError for a name that is none."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None and not ctx.resilient_parsing:
+            raise InputError(f"{ctx.command_path}: there is no command {cmd_name!r}; {did_you_mean(cmd_name, self.commands)}")
+        return command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of use, not of the alphabet."""
+        return list(self.commands)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
+
+
+def print_json(data: Any) -> None:
+    """Print plain data as one JSON document."""
+    click.echo(json.dumps(data, indent=1, allow_nan=False))
