@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from niwaki.errors import InputError
-from niwaki.masks import Masks, Sparsity, canonical_name, pack_bits, sparsity_of, unpack_bits
+from niwaki.masks import Masks, Sparsity, bits_of, canonical_name, clear_, pack_bits, sparsity_of, unpack_bits
 
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 
@@ -315,3 +315,27 @@ def test_masks_on_a_gpu() -> None:
     here.apply_(model)
     assert torch.equal(model.weight.cpu() != 0, keep)
     assert sparsity_of(model, there).masked == int((~keep).sum())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.int32]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_clear_is_masked_fill(dtype, layout):
+    values = (torch.randn(3, 4, 5, 6) * 100).to(dtype)
+    if dtype.is_floating_point:
+        values.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    values = {
+        "contiguous": values,
+        "channels_last": values.to(memory_format=torch.channels_last),
+        "transposed": values.transpose(0, 3),
+    }[layout]
+    keep = torch.rand(values.shape) < 0.5
+    keep.view(-1)[:4] = torch.tensor([False, True, False, True])
+    expected = values.masked_fill(~keep, 0)
+    clear_(values, bits_of(keep))
+    assert torch.equal(
+        torch.view_as_real(values) if dtype.is_complex else values, torch.view_as_real(expected) if dtype.is_complex else expected
+    )
+    if not dtype.is_complex:
+        assert not values[~keep].clone().view(torch.int8).any()  # +0.0, not -0.0

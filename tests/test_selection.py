@@ -61,11 +61,11 @@ def assert_same(got, expected):
 def limits(request, monkeypatch):
     """Shrink the limits, so that small tensors go through chunks, samples, brackets and histograms, and use torch's operators."""
     if request.param == "fine":
-        shrunk = {"CHUNK_CPU": 5, "SAMPLE": 7, "DIGIT_BITS": 3, "CANDIDATES": 2}
+        shrunk = {"CHUNK_CPU": 5, "CHUNK_COPIED": 4, "SAMPLE": 7, "DIGIT_BITS": 3, "CANDIDATES": 2}
     elif request.param == "coarse digits":
-        shrunk = {"CHUNK_CPU": 16, "SAMPLE": 3, "DIGIT_BITS": 17, "CANDIDATES": 0}
+        shrunk = {"CHUNK_CPU": 16, "CHUNK_COPIED": 11, "SAMPLE": 3, "DIGIT_BITS": 17, "CANDIDATES": 0}
     elif request.param == "operators of torch":
-        shrunk = {"CHUNK_CPU": 9, "SAMPLE": 20, "DIGIT_BITS": 8, "CANDIDATES": 4, "_array": lambda tensor: tensor}
+        shrunk = {"CHUNK_CPU": 9, "CHUNK_COPIED": 6, "SAMPLE": 20, "DIGIT_BITS": 8, "CANDIDATES": 4, "_array": lambda tensor: tensor}
     else:
         shrunk = {}
     for name, value in shrunk.items():

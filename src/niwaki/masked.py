@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from niwaki.binding import Bound
 from niwaki.errors import InputError
-from niwaki.masks import Masks, local
+from niwaki.masks import Masks, bits_of, clear_, local
 from niwaki.recipe import Recipe
 
 MASK_KINDS = ("pruned", "blocked", "cut", "ever_active")
@@ -39,6 +39,7 @@ class MaskedTensor:
         self.ever_active: Tensor | None = None
         self.latent: Tensor | None = None
         self.own: dict[str, nn.Parameter] = {}
+        self._bits: Tensor | None = None  # of the mask, where gradients and weights are cleared with it at every step
         self._hook: RemovableHandle | None = None
         self._published_gradient: Tensor | None = None
         if recipe.relaxation.keeps_dense_weights:
@@ -101,13 +102,12 @@ class MaskedTensor:
     def mask_gradient(self) -> None:
         """Zero the gradient of what does not learn."""
         gradient = self.bound.parameter.grad
-        if self.blocked is None or gradient is None:
+        if self._bits is None or gradient is None:
             return
-        blocked = self.in_parameter_shape(self.blocked)
         if gradient.is_sparse:
-            gradient._values().masked_fill_(blocked[tuple(gradient._indices())], 0.0)
+            clear_(gradient._values(), self._bits[tuple(gradient._indices())])
         else:
-            local(gradient).masked_fill_(blocked, 0.0)
+            clear_(local(gradient.detach()), self._bits)
 
     # ------------------------------------------------------------------ around a step
 
@@ -152,8 +152,8 @@ class MaskedTensor:
 
     def project(self) -> None:
         """Set pruned weights to zero."""
-        if self.pruned is not None:
-            local(self.bound.parameter).masked_fill_(self.in_parameter_shape(self.pruned), 0.0)
+        if self._bits is not None:
+            clear_(local(self.bound.parameter.detach()), self._bits)
 
     def publish(self) -> None:
         """Copy what the relaxation makes of the latent weight into the parameter."""
@@ -178,12 +178,14 @@ class MaskedTensor:
             where the optimizer's slots must be fresh: what learns and did not, or did and no longer does.
         """
         before = self.blocked
-        self.pruned, self.blocked = ~keep, None if learns is None else ~learns
+        self.pruned = ~keep
+        self.blocked = None if learns is None else self.pruned if learns is keep else ~learns
         if before_training:
             self.ever_active = keep
         elif self.ever_active is not None:
             self.ever_active = self.ever_active | keep
         if self.latent is None:
+            self._bits = bits_of(self.in_parameter_shape(keep))
             self.project()
         else:
             self.cut = self.pruned if self.recipe.relaxation.decides else None
@@ -225,6 +227,7 @@ class MaskedTensor:
         for kind in MASK_KINDS:
             setattr(self, kind, masks[kind].to(device) if kind in masks else None)
         if self.latent is None:
+            self._bits = None if self.pruned is None else bits_of(self.in_parameter_shape(~self.pruned))
             self.project()
             return
         self.latent.copy_(state["latent"])

