@@ -9,9 +9,9 @@ DEMO := runs/demo
 
 demo: .venv/demo.stamp
 	rm -rf $(DEMO)
-	$(BIN)/niwaki run gmp --task digits --sparsity 0.9 --out $(DEMO)/gmp
-	$(BIN)/niwaki run rigl --task digits --sparsity 0.9 --out $(DEMO)/rigl
-	$(BIN)/niwaki compare $(DEMO)/gmp $(DEMO)/rigl
+	for model in mlp convnet; do for method in gmp rigl; do \
+	  $(BIN)/niwaki run $$method --task digits --model $$model --sparsity 0.9 --out $(DEMO)/$$model-$$method || exit 1; done; done
+	$(BIN)/niwaki compare $(DEMO)/*
 
 # One thread a process: the tests run in several processes, and torch's own threads would only get into each other's way.
 test: lint docs

@@ -21,7 +21,7 @@ def bench() -> None:
 
 
 @bench.command(epilog="\b\nExamples:\n  niwaki bench upkeep\n  niwaki bench upkeep --network resnet20 --rounds 50")
-@click.option("--network", "networks", multiple=True, metavar="NAME", help="resnet20 or transformer; by default both.")
+@click.option("--network", "networks", multiple=True, metavar="NAME", help="resnet20, transformer or transformer_1k; by default all.")
 @click.option(
     "--sparsity", type=click.FloatRange(0, 1, max_open=True), default=0.9, show_default=True, metavar="S", help="Of the masked models."
 )
