@@ -57,6 +57,12 @@ class Component(BaseModel):
     single_field: ClassVar[str | None] = None
     """The field that a bare value stands for: ``{name: value}`` for ``{name: {single_field: value}}``."""
 
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InputError(f"{self.slot}.{self.name}{one_line(error, type(self))}") from None
+
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         if "name" in cls.__dict__ and cls.name:

@@ -7,8 +7,6 @@ its slots are set to what the optimizer itself would give a new weight: not alwa
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,38 +77,3 @@ def forget_history(optimizer: Optimizer) -> None:
     """Drop the history of an LBFGS optimizer, whose directions mix all weights and are wrong under new masks."""
     if isinstance(optimizer, LBFGS):
         optimizer.state.clear()
-
-
-def own_group(optimizer: Optimizer, index: int, named: Mapping[str, Tensor], options: dict[str, object], scheduler: Any | None) -> None:
-    """Add a group for a relaxation's own parameters, with the options of group ``index``, and let the scheduler drive it too.
-
-    A learning rate in ``options`` is the one that the new group has when the base group is at its initial one: schedules scale both.
-    """
-    base = optimizer.param_groups[index]
-    ratio = 1.0
-    group: dict[str, Any] = {k: v for k, v in base.items() if k not in ("params", "param_names")}
-    if "lr" in options:
-        initial = float(base.get("initial_lr", base["lr"]))
-        ratio = float(options["lr"]) / initial if initial else 1.0  # type: ignore[arg-type]
-        for rate in ("lr", "initial_lr", "max_lr", "min_lr"):
-            if rate in group:
-                group[rate] = group[rate] * ratio if initial else options["lr"]
-    group.update({k: v for k, v in options.items() if k != "lr"})
-    group["params"] = list(named.items()) if "param_names" in base else list(named.values())
-    groups = len(optimizer.param_groups)
-    optimizer.add_param_group(group)
-    _extend(scheduler, optimizer, index, groups, ratio)
-
-
-def _extend(scheduler: Any | None, optimizer: Optimizer, index: int, groups: int, ratio: float) -> None:
-    """Append to every list that a scheduler keeps with one entry a group; learning rates are scaled."""
-    if scheduler is None:
-        return
-    for nested in getattr(scheduler, "_schedulers", ()):
-        _extend(nested, optimizer, index, groups, ratio)
-    if getattr(scheduler, "optimizer", None) is not optimizer:
-        return
-    for attribute in ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "lr_lambdas", "base_momentums", "max_momentums"):
-        values = vars(scheduler).get(attribute)
-        if isinstance(values, list) and len(values) == groups:
-            values.append(values[index] * ratio if attribute.endswith(("lrs", "_lr")) else values[index])

@@ -30,10 +30,11 @@ from niwaki.growth import DropAndGrow, NoGrowth
 from niwaki.masked import MaskedTensor
 from niwaki.masks import Masks, local
 from niwaki.metrics.flops import weight_uses
+from niwaki.own_parameters import add_own_parameters
 from niwaki.ranks import require_same
 from niwaki.recipe import Recipe
 from niwaki.saliency import Observation
-from niwaki.slots import forget_history, own_group, reset_slots
+from niwaki.slots import forget_history, reset_slots
 from niwaki.target import LeftOut, select_targets
 from niwaki.update import Update, next_masks, starts_at_random
 
@@ -174,29 +175,8 @@ class Sparsifier:
             self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
         for tensor in self._tensors.values():
             tensor.watch_gradient(lambda: not self._dense_gradient_next)
-        self._group_own_parameters(optimizers, schedulers)
+        add_own_parameters(self.recipe.relaxation, self._tensors.values(), optimizers, schedulers)
         return self
-
-    def _group_own_parameters(self, optimizers: tuple[Optimizer, ...], schedulers: list[Any]) -> None:
-        for optimizer in optimizers:
-            for index, group in enumerate(list(optimizer.param_groups)):
-                mine = [t for t in self._of(group) if t.own]
-                if not mine:
-                    continue
-                holder, at = optimizer, index
-                if isinstance(optimizer, torch.optim.Muon) and any(p.ndim != 2 for t in mine for p in t.own.values()):
-                    others = [o for o in optimizers if not isinstance(o, torch.optim.Muon)]
-                    if not others:
-                        raise InputError("attach: Muon takes matrices only; attach a second optimizer for the relaxation's own parameters")
-                    holder, at = others[0], 0
-                scheduler = next((s for s in schedulers if s.optimizer is holder), None)
-                if scheduler is None and hasattr(holder.step, "_wrapped_by_lr_sched"):
-                    raise InputError(
-                        "attach: the relaxation adds a parameter group, which the optimizer's learning-rate scheduler must know: pass"
-                        " scheduler=, or make the scheduler after attach()"
-                    )
-                named = {f"{t.bound.name}::{k}": p for t in mine for k, p in t.own.items()}
-                own_group(holder, at, named, self.recipe.relaxation.group_options(holder.param_groups[at]), scheduler)
 
     # ------------------------------------------------------------------ the step
 

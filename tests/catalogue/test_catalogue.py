@@ -164,7 +164,7 @@ def test_a_final_cut():
         ({"name": "rigel"}, "unknown method 'rigel'; did you mean 'rigl'? choices: acdc, dsd, gmp, "),
         (
             {"name": "str", "sparsity": 0.9},
-            "sparsity: the strength of 'str' decides it; drop it, or ask for a final exact cut by its learned score (cut)",
+            "sparsity: the strength of 'str' decides it; drop it, or ask for a final exact cut by its learned score (cut=True, or --cut)",
         ),
         ({"name": "str", "cut": True}, "cut: needs the sparsity to cut to"),
         ({"name": "gmp", "sparsity": 0.9, "cut": True}, "cut: 'gmp' reaches its sparsity without a final cut; choices: str"),

@@ -172,6 +172,7 @@ ROWS = {
         "dense_step_ms": 500.0,
         "masked_step_ms": 510.0,
         "hooks_ms": 9.0,
+        "floor_ms": 2.0,
         "upkeep_by_hooks": 0.018,
         "upkeep_by_steps": 0.02,
         "update_ms": 50.0,

@@ -149,7 +149,10 @@ def method(name: str, sparsity: float | None = None, cut: bool = False, **fields
     if cut:
         said = {**CUT, **said}
     elif decides and sparsity is not None and "schedule" not in fields:
-        raise InputError(f"sparsity: the strength of {name!r} decides it; drop it, or ask for a final exact cut by its learned score (cut)")
+        raise InputError(
+            f"sparsity: the strength of {name!r} decides it; drop it, or ask for a final exact cut by its learned score"
+            " (cut=True, or --cut)"
+        )
     if sparsity is not None:
         said["sparsity"] = sparsity
     elif combinations.fixed_sparsity(Slots(**{field: said[field] for field in ("granularity", "schedule") if field in said})) is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from niwaki.dry_run import Plan, plan
 from niwaki.errors import NiwakiError
 from niwaki.formats import load, save
-from niwaki.masks import Masks
+from niwaki.masks import Masks, sparsity_of
 from niwaki.metrics import flops, sizes
 from niwaki.recipe import Recipe
 from niwaki.sparsifier import Sparsifier
@@ -178,7 +178,7 @@ def _measures(
     job: Job, dense: nn.Module, sparse: nn.Module, masks: Masks, found: dict[str, float], stored: int, seconds: tuple[float, float]
 ) -> list[Measure]:
     before = evaluate(dense, job.task, job.data.test)
-    count = sizes.count_parameters(sparse, masks)
+    count = sparsity_of(sparse, masks)
     operations = flops.forward_flops(sparse, job.task.example(job.data), masks=masks)
     rows = [
         Measure(
@@ -201,9 +201,9 @@ def _measures(
         "masked weights / weights of the tensors that the recipe acts on",
         None,
         0,
-        count.sparsity_of_targets,
+        count.of_targets,
     )
-    add("sparsity of all parameters", "share", "masked weights / elements of all parameters", None, 0, count.sparsity_of_parameters)
+    add("sparsity of all parameters", "share", "masked weights / elements of all parameters", None, 0, count.of_parameters)
     add(
         "active parameters",
         "weights",
@@ -218,7 +218,7 @@ def _measures(
         "weights of the targets that are zero and not masked",
         None,
         _zeros(dense, masks),
-        count.zeros,
+        count.active_zeros,
     )
     add("file size", "bytes", "dense: a plain safetensors file; sparse: model.safetensors", False, sizes.dense_bytes(dense), stored)
     add("forward FLOPs", "FLOPs", flops.DEFINITION, False, operations.dense, operations.sparse)
@@ -227,8 +227,8 @@ def _measures(
 
 
 def _zeros(dense: nn.Module, masks: Masks) -> int:
-    everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
-    return sizes.count_parameters(dense, everything).zeros
+    everything = Masks({name: torch.ones_like(mask) for name, mask in masks.items()})
+    return sparsity_of(dense, everything).active_zeros
 
 
 def _layers(sparse: nn.Module, example: tuple[Tensor, ...], masks: Masks) -> list[Layer]:
