@@ -171,3 +171,12 @@ def test_wrong_input_is_also_a_value_error():
 def test_no_name_is_both_known_and_planned():
     for slot, planned in PLANNED.items():
         assert not planned & set(REGISTRY.get(slot, {}))
+
+
+def test_a_component_built_in_python_says_what_is_wrong_in_one_line():
+    from niwaki.schedule import Cubic
+
+    with pytest.raises(InputError, match=r"^schedule\.cubic\.initial: .*, got 2$"):
+        Cubic(initial=2)
+    with pytest.raises(InputError, match=r"^schedule\.cubic: unknown field 'finall'; "):
+        Cubic(finall=0.5)

@@ -63,6 +63,9 @@ class Component(BaseModel):
         except ValidationError as error:
             raise InputError(f"{self.slot}.{self.name}{one_line(error, type(self))}") from None
 
+    # As in pydantic's own RootModel: only direct construction goes through __init__, validation from data does not.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         if "name" in cls.__dict__ and cls.name:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group, epilog="Example: niwaki bench upkeep")
 def bench() -> None:
-    """Measure on this machine, side by side: what masks cost in training, how fast selection is."""
+    """Measure on this machine: mask upkeep, selection."""
 
 
 @bench.command(epilog="\b\nExamples:\n  niwaki bench upkeep\n  niwaki bench upkeep --network resnet20 --rounds 50")

@@ -10,7 +10,7 @@ from niwaki.cli.options import json_option, print_json
 from niwaki.errors import InputError
 
 
-@click.command(epilog="Example: niwaki compare runs/gmp runs/rigl")
+@click.command(short_help="Show finished runs side by side.", epilog="Example: niwaki compare runs/gmp runs/rigl")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @json_option
 def compare(runs: tuple[Path, ...], as_json: bool) -> None:

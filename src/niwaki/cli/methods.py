@@ -8,7 +8,7 @@ from niwaki.cli.options import json_option, print_json
 from niwaki.errors import InputError, did_you_mean
 
 
-@click.command(epilog="\b\nExamples:\n  niwaki methods\n  niwaki methods rigl")
+@click.command(short_help="List the named methods, or show one.", epilog="\b\nExamples:\n  niwaki methods\n  niwaki methods rigl")
 @click.argument("name", required=False)
 @json_option
 def methods(name: str | None, as_json: bool) -> None:

@@ -21,10 +21,11 @@ Progress = Callable[[str, int, int, "Epoch | None"], None]
 
 
 @click.command(
+    short_help="Train dense, train sparse, and compare.",
     epilog="\b\nExamples:\n"
     "  niwaki run gmp --task digits --sparsity 0.9 --out runs/gmp\n"
     "  niwaki run rigl --task digits --model convnet --sparsity 0.95 --dry-run\n"
-    "  niwaki run my-recipe.yaml --task digits --out runs/mine"
+    "  niwaki run my-recipe.yaml --task digits --out runs/mine",
 )
 @click.argument("method")
 @click.option("--task", metavar="TASK", help="What to train: digits.  [required]")
