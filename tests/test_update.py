@@ -120,6 +120,8 @@ def test_global_elements_are_the_largest_and_ties_keep_the_lower_index(model, sp
 
 @settings(max_examples=100)
 @given(models(), st.lists(st.floats(0.0, 0.99), min_size=2, max_size=6), st.sampled_from(["uniform", "global", "erdos_renyi_kernel"]))
+@example(nn.ModuleList(nn.Linear(n, 1, bias=False) for n in (2, 2, 5)), [0.33, 0.36], "uniform")  # 1, 1, 4 pieces, then 2, 1, 3
+@example(nn.ModuleList(nn.Linear(n, 1, bias=False) for n in (2, 3, 4)), [0.33, 0.36], "erdos_renyi_kernel")
 def test_a_rising_schedule_never_revives_and_stays_exact(model, levels, allocation):
     """Rounding may ask a layer for one piece more than it has left; nothing comes back, and totals hold at every step."""
     levels = sorted(levels)
