@@ -630,6 +630,53 @@ def test_a_copied_optimizer_is_attached_again(kind):
         sparsifier.state_dict()
 
 
+def test_a_step_ends_when_one_of_its_optimizers_steps_again():
+    """As when a gradient scaler skips the other one: steps are counted, and updates are not held up."""
+    model = net()
+    some, rest = sgd(model.fc1), torch.optim.SGD([p for n, p in model.named_parameters() if not n.startswith("fc1")], lr=0.1)
+    sparsifier = niwaki.Sparsifier(model, recipe(SET), total_steps=STEPS).attach(some, rest)
+    seen = [sparsifier.masks]
+    for step in range(6):
+        images, labels = batch(step)
+        functional.cross_entropy(model(images), labels).backward()
+        some.step()
+        assert sparsifier.step == step  # still waiting for the other one
+        seen.append(sparsifier.masks)
+    assert [seen[i + 1] != seen[i] for i in range(6)] == [False] * 4 + [True, False]
+    rest.step()
+    assert sparsifier.step == 6
+
+
+def test_a_closure_s_gradient_is_dense_for_the_update_and_masked_for_the_step():
+    """The update before step 2 ranks by the dense gradient of the closure; the step itself must not see it."""
+    model = net()
+    optimizer = sgd(model)
+    text = "sparsity: 0.8\nsaliency: taylor\nallocation: global\nschedule: {one_shot: {at: 2 steps}}"
+    sparsifier = niwaki.Sparsifier(model, recipe(text), total_steps=STEPS).attach(optimizer)
+    for step in range(4):
+        images, labels = batch(step)
+
+        def closure(images=images, labels=labels):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(images), labels)
+            loss.backward()
+            return loss
+
+        if step == 2:
+            twin = copy.deepcopy(model)
+            functional.cross_entropy(twin(images), labels).backward()
+            weights = dict(twin.named_parameters())
+            scores = torch.cat([(weights[n] * weights[n].grad).detach().double().square().flatten() for n in TARGETS])
+            expected = torch.zeros_like(scores, dtype=torch.bool)
+            expected[torch.sort(scores, descending=True, stable=True).indices[: kept(0.8, TARGET_ELEMENTS)]] = True
+        optimizer.step(closure)
+    masks = sparsifier.masks
+    assert (torch.cat([m.flatten() for m in masks.values()]) == expected).float().mean() > 0.999
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            assert not optimizer.state[parameter]["momentum_buffer"][~masks[name]].any()
+
+
 def test_growth_that_never_acts_is_told():
     with pytest.warns(UserWarning, match="growth 'gradient' never acts"):
         niwaki.Sparsifier(net(), niwaki.method("rigl"), total_steps=STEPS)
