@@ -78,3 +78,13 @@ def test_import_loads_only_what_it_needs() -> None:
     code = "import sys, niwaki; print(*sorted({'click', 'rich', 'sklearn', 'scipy'} & {name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_public_face_is_there_without_loading_torch_first():
+    script = (
+        "import sys, niwaki; assert 'torch' not in sys.modules\n"
+        "from niwaki import *\n"
+        "assert all(name in globals() for name in niwaki.__all__) and set(niwaki.__all__) <= set(dir(niwaki))\n"
+        "assert Sparsifier is niwaki.sparsifier.Sparsifier and not hasattr(niwaki, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
