@@ -8,6 +8,7 @@ from support import GMP, RIGL, SET, TARGETS, batch, net, pruned_are_zero, recipe
 from torch.nn import functional
 
 import niwaki
+from niwaki.slots import reset_slots
 
 STEPS = 16
 
@@ -83,6 +84,16 @@ def test_pruned_weights_stay_zero_and_slots_fresh(name, text):
 
 def test_the_fresh_step_size_of_rprop_is_not_zero():
     assert fresh_state(MAKE["Rprop"]) == {"prev": 0.0, "step_size": pytest.approx(1e-3)}
+
+
+def test_slots_of_a_single_weight_are_reset_too():
+    weight = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.Adam(weight.parameters(), lr=0.1)
+    weight(torch.ones(1, 1)).sum().backward()
+    optimizer.step()
+    assert not reset_slots(optimizer, weight.weight, torch.ones(1, 1, dtype=torch.bool))
+    assert optimizer.state[weight.weight]["exp_avg"].item() == 0.0
+    assert optimizer.state[weight.weight]["step"].item() == 1.0
 
 
 def test_factored_state_is_told_once():

@@ -61,11 +61,11 @@ def reset_slots(optimizer: Optimizer, parameter: Tensor, where: Tensor) -> list[
     values, told = fresh_values(optimizer, parameter)
     notes = [] if told is None else [told]
     for name, slot in state.items():
-        if not isinstance(slot, Tensor) or slot.ndim == 0 or slot.numel() <= 1:
+        if not isinstance(slot, Tensor):
             continue
         if slot.shape == parameter.shape:
             local(slot).masked_fill_(where, values.get(name, 0.0))
-        else:
+        elif slot.numel() > 1:
             notes.append(
                 f"{type(optimizer).__name__} keeps {name!r} in another shape than its parameter: what it remembers of pruned weights cannot"
                 " be reset one by one"
