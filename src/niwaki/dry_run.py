@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from niwaki.allocation import guard
@@ -123,6 +124,9 @@ def plan(
     elif sparsity is not None:
         layers = [b.layer for b in bounds]
         counts, raised = guard(recipe.allocation.keep(sparsity, layers, sparsity), layers)
+        if recipe.granularity.sparsity is not None:  # every group keeps its best, short ones too
+            best = [recipe.granularity.protected(torch.zeros(b.layout.shape), b.layout) for b in bounds]
+            counts = [int(one.sum()) for one in best if one is not None]
         keep = list(counts)
         notes += [f"keeps one piece of {name}, which the allocation {recipe.allocation.name!r} would empty" for name in raised]
         why = f"allocation {recipe.allocation.name}"

@@ -42,6 +42,8 @@ class MaskedTensor:
         self._bits: Tensor | None = None  # of the mask, where gradients and weights are cleared with it at every step
         self._hook: RemovableHandle | None = None
         self._published_gradient: Tensor | None = None
+        self._published_version = local(bound.parameter)._version
+        self._pulled: tuple[Tensor, dict[str, Tensor]] | None = None
         if recipe.relaxation.keeps_dense_weights:
             self.latent = bound.view(bound.parameter).clone(memory_format=torch.contiguous_format)
             initial = recipe.relaxation.parameters(self.latent, bound.layout, bound.name, seed)
@@ -80,18 +82,10 @@ class MaskedTensor:
 
     # ------------------------------------------------------------------ gradients
 
-    def watch_gradient(self, masks_now: Callable[[], bool]) -> None:
-        """Zero the gradient of what does not learn as soon as it is accumulated, whenever ``masks_now()`` says so."""
-        parameter = self.bound.parameter
-        if self._hook is None and parameter.requires_grad and self.latent is None:
-            self._hook = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda _: self.mask_gradient() if masks_now() else None
-            )
-
-    @property
-    def watched(self) -> bool:
-        """Whether gradients are masked as they accumulate."""
-        return self._hook is not None
+    def watch_gradient(self, accumulated: Callable[[MaskedTensor], None]) -> None:
+        """Call ``accumulated(self)`` whenever a gradient has been accumulated, if the parameter requires gradients."""
+        if self._hook is None and self.bound.parameter.requires_grad:
+            self._hook = self.bound.parameter.register_post_accumulate_grad_hook(lambda _: accumulated(self))  # type: ignore[no-untyped-call]
 
     def unwatch(self) -> None:
         """Take the gradient hook off."""
@@ -111,17 +105,36 @@ class MaskedTensor:
 
     # ------------------------------------------------------------------ around a step
 
-    def enter_step(self, optimizer: Optimizer) -> None:
-        """Give the optimizer the latent weight in the parameter's place, its gradient, and those of the relaxation's own parameters."""
-        parameter = self.bound.parameter
-        if self.latent is None or parameter.grad is None:
+    def adopt_writes(self) -> None:
+        """Take over what somebody else has written into the parameter since it was published, such as a checkpoint."""
+        if self.latent is None or local(self.bound.parameter)._version == self._published_version:
             return
-        self._published_gradient = parameter.grad
-        for_weight, for_own = self.recipe.relaxation.pull_back(self.latent, self._own_values(), self.bound.view(parameter.grad))
-        for name, value in for_own.items():
+        here = self.bound.view(self.bound.parameter)
+        self.latent = torch.where(here == self._published(), self.latent, here)
+
+    def pull_back(self) -> None:
+        """Pull the gradient of the published weight back to the latent one and to the own parameters."""
+        gradient = self.bound.parameter.grad
+        self._pulled = None
+        if self.latent is None or gradient is None:
+            return
+        for_weight, for_own = self.recipe.relaxation.pull_back(self.latent, self._own_values(), self.bound.view(gradient))
+        for value in for_own.values():
             if self.bound.group is not None and value.shape != self.latent.shape:
                 dist.all_reduce(value, group=self.bound.group)
-            self.own[name].grad = value.to(self.own[name].dtype)
+        self._pulled = for_weight, for_own
+
+    def own_gradient(self, name: str) -> Tensor | None:
+        """Return the gradient of one of the own parameters, after :meth:`pull_back`."""
+        return None if self._pulled is None else self._pulled[1][name].to(self.own[name].dtype)
+
+    def enter_step(self, optimizer: Optimizer) -> None:
+        """Give the optimizer the latent weight in the parameter's place, and its gradient."""
+        parameter = self.bound.parameter
+        if self.latent is None or self._pulled is None:
+            return
+        for_weight = self._pulled[0]
+        self._published_gradient = parameter.grad
         if not self.recipe.gradient.weights_learn:
             parameter.grad = None
             return
@@ -146,8 +159,6 @@ class MaskedTensor:
             if self.recipe.gradient.weights_learn:
                 self.latent.copy_(self.bound.view(parameter))
             parameter.grad, self._published_gradient = self._published_gradient, None
-            for own in self.own.values():
-                own.grad = None
             self.publish()
 
     def project(self) -> None:
@@ -157,12 +168,16 @@ class MaskedTensor:
 
     def publish(self) -> None:
         """Copy what the relaxation makes of the latent weight into the parameter."""
+        published = self._published()
+        self._write(published)
+        self._published_version = local(self.bound.parameter)._version
+        if self.recipe.relaxation.decides:
+            self.pruned = published == 0
+
+    def _published(self) -> Tensor:
         assert self.latent is not None
         relaxation = self.recipe.relaxation
-        published = relaxation.publish(self.latent, self._own_values(), self.kept(self.cut if relaxation.decides else self.pruned))
-        self._write(published)
-        if relaxation.decides:
-            self.pruned = published == 0
+        return relaxation.publish(self.latent, self._own_values(), self.kept(self.cut if relaxation.decides else self.pruned))
 
     # ------------------------------------------------------------------ masks and checkpoints
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -28,7 +28,7 @@ from niwaki.errors import InputError
 from niwaki.gradient import Superset
 from niwaki.growth import DropAndGrow, NoGrowth
 from niwaki.masked import MaskedTensor
-from niwaki.masks import Masks, local
+from niwaki.masks import Masks, canonical_name, local
 from niwaki.metrics.flops import weight_uses
 from niwaki.own_parameters import add_own_parameters
 from niwaki.ranks import require_same
@@ -104,6 +104,9 @@ class Sparsifier:
         if not self._tensors:
             raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
         self._by_parameter = {t.bound.parameter: t for t in self._tensors.values()}
+        self._own = {p: (t, name) for t in self._tensors.values() for name, p in t.own.items()}
+        if recipe.final_sparsity is not None and not recipe.allocation.joint:  # what it cannot give is told now, not at its first update
+            recipe.allocation.keep(recipe.final_sparsity, [t.bound.layer for t in self._tensors.values()], recipe.final_sparsity)
         self._optimizers: list[Optimizer] = []
         self._held: list[frozenset[int]] = []
         self._handles: list[RemovableHandle] = []
@@ -111,6 +114,8 @@ class Sparsifier:
         self._stepped: set[int] = set()
         self._round_is_open = False
         self._skips = False
+        self._accumulated: set[Tensor] = set()  # parameters whose gradient was accumulated since the last optimizer step
+        self._one_backward = False  # whether several optimizers were seen to step after one backward pass
         self._finalized = False
         self._selected_at: int | None = None
         self._uses: dict[str, float] | None = None
@@ -123,6 +128,7 @@ class Sparsifier:
             data = chain([batch], batches) if batches is data else data
             with preserved(model), torch.no_grad():
                 self._uses = weight_uses(model, lambda: model(batch[0]))
+        self._statistics = (data, loss)
         self._start_masks(data, loss)
         self._look_ahead()
 
@@ -170,13 +176,40 @@ class Sparsifier:
                 raise InputError(f"attach: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
             if any(optimizer is known for known in self._optimizers):
                 raise InputError("attach: this optimizer is attached already")
+            hooks = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+            others = [owner for owner in hooks if isinstance(owner, Sparsifier)]
+            if others and any(owner.recipe.skips_steps for owner in (self, *others)):
+                raise InputError(
+                    "attach: another sparsifier is attached to this optimizer, and one of the two skips steps, gradients included; say"
+                    " at_update: step in its growth"
+                )
+        self._require_own_model("attach")
+        held = {p for optimizer in (*self._optimizers, *optimizers) for group in optimizer.param_groups for p in group["params"]}
+        if optimizers and not held & set(self._by_parameter) and any(p.requires_grad for p in self._by_parameter):
+            raise InputError("attach: the optimizer holds none of the target parameters; make it for the model of this sparsifier")
+        add_own_parameters(self.recipe.relaxation, self._tensors.values(), optimizers, schedulers)
+        for optimizer in optimizers:
             self._optimizers.append(optimizer)
             self._held.append(frozenset(id(p) for group in optimizer.param_groups for p in group["params"]))
             self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
         for tensor in self._tensors.values():
-            tensor.watch_gradient(lambda: not self._dense_gradient_next)
-        add_own_parameters(self.recipe.relaxation, self._tensors.values(), optimizers, schedulers)
+            tensor.watch_gradient(self._on_gradient)
         return self
+
+    def _require_own_model(self, where: str) -> None:
+        """Refuse a model whose parameters were exchanged for others since the sparsifier was built."""
+        now = {canonical_name(name): parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        for name, tensor in self._tensors.items():
+            if now.get(name) is not tensor.bound.parameter:
+                raise InputError(
+                    f"{where}: {name} of the model is not the parameter that the sparsifier was built for (load_state_dict(assign=True)"
+                    " exchanges parameters); build the sparsifier after that"
+                )
+
+    def _on_gradient(self, tensor: MaskedTensor) -> None:
+        self._accumulated.add(tensor.bound.parameter)
+        if tensor.latent is None and not self._dense_gradient_next:
+            tensor.mask_gradient()
 
     # ------------------------------------------------------------------ the step
 
@@ -191,22 +224,36 @@ class Sparsifier:
         if _overflowed(optimizer):
             return None
         index = self._index(optimizer)
-        if self._round_is_open and index in self._stepped:
-            self._close_round()
+        if self._round_is_open:
+            if not self._accumulated:
+                self._one_backward = True
+            if index in self._stepped or (self._accumulated and self._one_backward):  # a scaler has skipped the step of another one
+                self._close_round()
+        unmasked = [t for t in self._tensors.values() if t.latent is None and t.bound.parameter not in self._accumulated]
+        self._accumulated.clear()
         if not self._round_is_open:
             self._round_is_open, self._skips, self._stepped = True, False, set()
+            for tensor in self._tensors.values():
+                tensor.adopt_writes()
             self._update_masks(closure)
+            for tensor in self._tensors.values():
+                tensor.pull_back()
         if self._skips:
             if closure is None:
                 _drop_gradients(optimizer)
                 return None
             return _with_closure(args, kwargs, lambda: _without_step(closure, optimizer))
+        if closure is None and not self._stepped:
+            for tensor in unmasked:  # a gradient that was assigned, or of a parameter that did not require gradients when it was attached
+                tensor.mask_gradient()
+                tensor.watch_gradient(self._on_gradient)
         for group in optimizer.param_groups:
             for tensor in self._of(group):
-                if tensor.latent is None and not tensor.watched:  # it did not require gradients when it was attached
-                    tensor.mask_gradient()
-                    tensor.watch_gradient(lambda: not self._dense_gradient_next)
                 tensor.enter_step(optimizer)
+            for parameter in group["params"]:
+                if parameter in self._own:
+                    tensor, name = self._own[parameter]
+                    parameter.grad = tensor.own_gradient(name)
         return None
 
     @torch.no_grad()
@@ -216,6 +263,11 @@ class Sparsifier:
         for group in optimizer.param_groups:
             for tensor in self._of(group):
                 tensor.leave_step()
+            for parameter in group["params"]:
+                if parameter in self._own and parameter.grad is not None:
+                    parameter.grad = None
+                    if self._own[parameter][0].bound.parameter not in self._by_holder(optimizer):
+                        self._own[parameter][0].publish()
         self._stepped.add(self._index(optimizer))
         if frozenset().union(*self._held) == frozenset().union(*(self._held[i] for i in self._stepped)):
             self._close_round()
@@ -270,23 +322,22 @@ class Sparsifier:
                 closure()
         first = self._selected_at is None
         self._select(first=first)
-        growth = self.recipe.growth
-        self._skips = not first and isinstance(growth, DropAndGrow) and growth.at_update == "skip_step"
+        self._skips = not first and self.recipe.skips_steps
         self._dense_gradient_next = False
         for tensor in self._tensors.values():
             if tensor.latent is None:
                 tensor.mask_gradient()
 
     @torch.no_grad()
-    def _select(self, first: bool) -> None:
+    def _select(self, first: bool, grows: bool = True) -> None:
         """Select the masks that are due, and bring weights, slots and gradients in line with them."""
         sparsity = self._sparsity_due()
         assert sparsity is not None
         tensors = list(self._tensors.values())
-        keep = self._next(sparsity, first)
+        keep = self._next(sparsity, first, grows)
         learns = keep
         if isinstance(self.recipe.gradient, Superset):
-            wider = self._next(self.recipe.gradient.outside(sparsity), first)
+            wider = self._next(self.recipe.gradient.outside(sparsity), first, grows)
             learns = [a | b for a, b in zip(keep, wider, strict=True)]
         require_same({t.bound.name: k for t, k in zip(tensors, keep, strict=True) if t.bound.group is None}, self.step)
         changed = False
@@ -301,7 +352,7 @@ class Sparsifier:
                 forget_history(optimizer)
             self._announce()
 
-    def _next(self, sparsity: float, first: bool) -> list[Tensor]:
+    def _next(self, sparsity: float, first: bool, grows: bool) -> list[Tensor]:
         recipe, tensors = self.recipe, list(self._tensors.values())
         last = max(recipe.schedule.last(self.clock), 1)
 
@@ -325,7 +376,9 @@ class Sparsifier:
             observe_growth=lambda i: observe(i, recipe.growth.needs),
             flops=flops,
             first=first,
-            from_active=not recipe.relaxation.keeps_dense_weights and isinstance(recipe.growth, NoGrowth),
+            from_active=not recipe.relaxation.keeps_dense_weights
+            and (isinstance(recipe.growth, NoGrowth) or (isinstance(recipe.growth, DropAndGrow) and not grows and not first)),
+            grows=grows,
         )
         masks = next_masks(recipe, [t.bound for t in tensors], [t.pruned for t in tensors], update)
         for note in update.notes:
@@ -352,6 +405,8 @@ class Sparsifier:
         """Publish, inside the block, the weights to evaluate with: the mode of a relaxation that samples, instead of this step's draw."""
         if self._round_is_open:
             raise InputError("evaluating: a step is under way; evaluate between two steps of all attached optimizers")
+        for tensor in self._tensors.values():
+            tensor.adopt_writes()
         kept = {name: local(t.bound.parameter).clone() for name, t in self._tensors.items() if t.latent is not None}
         with torch.no_grad():
             for name in kept:
@@ -370,9 +425,16 @@ class Sparsifier:
             return self
         if self._round_is_open:
             self._close_round()
+        self._require_own_model("finalize")
+        for tensor in self._tensors.values():
+            tensor.adopt_writes()
         first, last = self._selected_at is None, self.recipe.schedule.last(self.clock)
-        if self._sparsity_due() is not None and (first or not isinstance(self.recipe.growth, DropAndGrow)):
-            self._select(first)
+        if self._sparsity_due() is not None:
+            data, loss = self._statistics
+            with preserved(self.model) if data is not None and loss is not None else nullcontext():
+                if data is not None and loss is not None and "gradient" in self.recipe.saliency.needs:
+                    loss_gradients(self.model, data, loss)
+                self._select(first, grows=False)
         elif self.step < last and self.recipe.final_sparsity is not None:
             self._tell(f"finalized after {self.step} steps, before the schedule's end at step {last}")
         for tensor in self._tensors.values():
@@ -392,6 +454,8 @@ class Sparsifier:
         """
         if self._round_is_open:
             raise InputError("state_dict: a step is under way; save after all attached optimizers have stepped")
+        for tensor in self._tensors.values():
+            tensor.adopt_writes()
         return {
             "version": 1,
             "recipe": self.recipe.to_yaml(),
@@ -409,8 +473,12 @@ class Sparsifier:
         Raises:
             InputError: the state is of another recipe, seed or model, or the model's weights were pruned by this sparsifier's first mask.
         """
-        if state.get("version") != 1:
-            raise InputError(f"load_state_dict: version {state.get('version')!r} is unknown; this is version 1")
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if version != 1:
+            raise InputError(f"load_state_dict: version {version!r} is unknown; this is version 1")
+        for field, kind in {"recipe": str, "seed": int, "step": int, "notes": list, "tensors": Mapping}.items():
+            if not isinstance(state.get(field), kind):
+                raise InputError(f"load_state_dict: the state is damaged: {field!r} is missing or of the wrong kind")
         if state["recipe"] != self.recipe.to_yaml():
             raise InputError("load_state_dict: the state belongs to another recipe; build the sparsifier with the recipe it was saved with")
         if state["seed"] != self.seed:
@@ -451,6 +519,10 @@ class Sparsifier:
     def _of(self, group: dict[str, Any]) -> list[MaskedTensor]:
         """Return the target tensors of an optimizer group."""
         return [self._by_parameter[p] for p in group["params"] if p in self._by_parameter]
+
+    def _by_holder(self, optimizer: Optimizer) -> set[Tensor]:
+        """Return the target parameters of an optimizer."""
+        return {p for group in optimizer.param_groups for p in group["params"] if p in self._by_parameter}
 
     def _index(self, optimizer: Optimizer) -> int:
         return next(i for i, known in enumerate(self._optimizers) if known is optimizer)

@@ -40,6 +40,7 @@ class Update:
         observe_growth: the same for growth.
         flops: tensor index -> FLOPs of one piece in a forward pass, or None when no component needs it.
         first: whether it is the initial selection.
+        grows: whether drop-and-grow may exchange pieces (not at the end of the run, where grown ones could not learn).
         from_active: whether only active pieces may be kept (hard masks without growth).
         notes: sentences for the user.
     """
@@ -53,6 +54,7 @@ class Update:
     flops: Callable[[int], float | None]
     first: bool
     from_active: bool
+    grows: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -81,11 +83,16 @@ def next_masks(recipe: Recipe, bounds: Sequence[Bound], pruned: Sequence[Tensor 
         return [torch.ones(b.here.shape, dtype=torch.bool, device=a.device) for b, a in zip(bounds, active, strict=True)]
     if update.first and starts_at_random(growth):
         keep = _choose(recipe, bounds, random, counts, [None] * len(bounds), update)
-    elif isinstance(growth, DropAndGrow) and not update.first:
+    elif isinstance(growth, DropAndGrow) and not update.first and update.grows:
         keep = _drop_and_grow(recipe, growth, bounds, saliency, counts, active, update)
     else:
         eligible = active if update.from_active else [None] * len(bounds)
         keep = _choose(recipe, bounds, saliency, counts, eligible, update)
+    if granularity.sparsity is not None and (more := sum(_sum_counts(keep, bounds))) > sum(counts):
+        asked = sum(counts)
+        _tell(
+            update, f"kept {more} weights where the sparsity asks for {asked}: groups of {granularity.name} keep their best, short ones too"
+        )
     return [granularity.expand(k, b.here) for k, b in zip(keep, bounds, strict=True)]
 
 
@@ -104,6 +111,8 @@ def _drop_and_grow(
         now = [sum(now)]
     survivors = [min(n, count) for n, count in zip(now, counts, strict=True)]
     survivors = [n - dropped(fraction, n) for n in survivors]
+    if recipe.allocation.joint:
+        survivors = [max(n, min(count, len(bounds))) for n, count in zip(survivors, counts, strict=True)]  # one a tensor can stay
     keep = _choose(recipe, bounds, saliency, survivors, active, update)
     free = [~k for k in keep]
     reduces = [reducer(recipe.granularity, b) for b in bounds]

@@ -44,6 +44,10 @@ CASES = {
     "no run to compare": (("compare", "foreign"), "foreign: there is no run.json"),
     "unknown method to show": (("methods", "rigel"), "did you mean 'rigl'?"),
     "sparsity of a benchmark": (("bench", "select", "--scores", "10", "--sparsity", "1.5"), "sparsity must be in [0, 1)"),
+    "a name that is too long": (("run", "gmp", "--task", "digits", "--out", "a" * 300), "--out: "),
+    "a seed that is too large": ((*RUN, "--seed", str(2**64)), "--seed"),
+    "a record that is too deep": (("compare", "deep"), "cannot be read as JSON"),
+    "a benchmark without a name": (("bench",), "Missing command"),
     "unknown network": (("bench", "upkeep", "--network", "resnet"), "did you mean 'resnet20'?"),
 }
 
@@ -56,6 +60,7 @@ FILES = {
     "n_m.yaml": "granularity: {n_m: {n: 5, m: 4}}\n",
     "block.yaml": "sparsity: 0.5\ngranularity: {block: {rows: 7, columns: 1}}\n",
     "foreign/thesis.tex": "years of work",
+    "deep/run.json": "[" * 100_000,
 }
 
 

@@ -246,3 +246,20 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert contents(tmp_path) == {"run.json": b"old"}
+
+
+def test_two_processes_do_not_write_one_folder(small_task, tmp_path):
+    """A second run of the same command is refused while the first one writes, and takes nothing away."""
+    this, folder = make(small_task), tmp_path / "run"
+    seen = []
+
+    def second(phase, step, total, epoch):
+        if not seen:
+            seen.append(contents(folder))
+            with pytest.raises(InputError, match="being written by another niwaki run"):
+                run(this, folder)  # a lock of an open file, so it holds within this process as well
+            assert contents(folder) == seen[0]
+
+    record = run(this, folder, second)
+    assert seen
+    assert run(this, folder) == record

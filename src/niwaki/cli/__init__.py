@@ -5,6 +5,7 @@ Exit codes: 0 = done, 1 = ran and failed, 2 = the input is wrong. Failures say s
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -47,9 +48,13 @@ for command in (run, compare, methods, bench):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; the entry point ``niwaki``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets another one, not an error
+            stream.reconfigure(errors="replace")
     try:
         code = niwaki.main(args=None if arguments is None else list(arguments), prog_name="niwaki", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         return _fail(_usage(error), 2)

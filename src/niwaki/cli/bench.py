@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@click.group(cls=Group, epilog="Example: niwaki bench upkeep")
+@click.group(cls=Group, no_args_is_help=False, epilog="Example: niwaki bench upkeep")
 def bench() -> None:
     """Measure on this machine: mask upkeep, selection."""
 

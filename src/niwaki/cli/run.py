@@ -33,7 +33,11 @@ Progress = Callable[[str, int, int, "Epoch | None"], None]
 @click.option("--sparsity", type=float, metavar="S", help="Share of the targets' weights to mask, in [0, 1); by default the method's own.")
 @click.option("--cut", is_flag=True, help="For methods whose strength decides: a final exact cut to --sparsity by their learned score.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of initial weights, order of examples, and sparsifier."
+    "--seed",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of weights, order of examples and sparsifier.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), metavar="N", help="Length of each training, dense and sparse; by default the task's.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="A new or empty folder, for run.json and model.safetensors.")

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, mode
 from niwaki.clock import Clock, TimeField
 from niwaki.component import Component, Missing, describe
 from niwaki.errors import InputError, did_you_mean
+from niwaki.growth import DropAndGrow
 from niwaki.recipe import combinations, text
 from niwaki.recipe import vocabulary as v
 from niwaki.recipe.strict import Strict
@@ -254,6 +255,11 @@ class Recipe(Slots):
         if self.missing:
             raise InputError(f"this recipe needs what this version of Niwaki cannot run yet: {', '.join(self.missing)}")
 
+    @property
+    def skips_steps(self) -> bool:
+        """Whether the optimizer takes no step where masks are updated."""
+        return isinstance(self.growth, DropAndGrow) and self.growth.at_update == "skip_step"
+
     def fit(self, clock: Clock) -> list[str]:
         """Check the recipe against the length of a run, and return what the user should know of it.
 
@@ -267,6 +273,12 @@ class Recipe(Slots):
             raise InputError(
                 f"schedule.{self.schedule.name}: it ends at step {last}, after the run's {clock.total_steps} steps; lengthen the run, or"
                 " say times in run, such as 0.75 run"
+            )
+        every = getattr(self.schedule, "every", None)
+        if self.skips_steps and every and clock.interval(every) == 1:
+            raise InputError(
+                f"growth.{self.growth.name}: at_update 'skip_step' with an update at every step ({every} in this run) never trains;"
+                " choices: step, or a longer every"
             )
         if self.growth.grows and self.final_sparsity is not None and last == self._first_update(clock):
             return [f"growth {self.growth.name!r} never acts: the schedule makes its only update before step {last}; shorten its every"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -18,10 +19,14 @@ def finished_before(folder: Path, choices: Choices) -> Record | None:
     Raises:
         InputError: the folder is no folder, cannot be written, holds something else or another run, or the run's files were changed.
     """
-    if not folder.exists():
-        _require_writable(next(parent for parent in folder.absolute().parents if parent.exists()), folder)
-        return None
-    if not folder.is_dir():
+    try:
+        if not folder.exists():
+            _require_writable(next(parent for parent in folder.absolute().parents if parent.exists()), folder)
+            return None
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise InputError(f"--out: {str(folder)[:80]} cannot be used ({error.strerror}); give a folder that is new or empty") from None
+    if not is_folder:
         raise InputError(f"--out: {folder} is a file; give a folder that is new or empty")
     try:
         names = [entry.name for entry in folder.iterdir()]
@@ -53,12 +58,29 @@ def opened(folder: Path, record: Record) -> Iterator[None]:
     """Make the folder and write the unfinished record into it; when the block fails, take away what it and the block have written.
 
     Raises:
-        InputError: the folder or the file in it cannot be written.
+        InputError: the folder or the file in it cannot be written, or another process writes there.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"--out: {folder} cannot be written ({error.strerror}); give a folder that can") from None
+    try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--out: {folder} is being written by another niwaki run; wait for it, or give another folder") from None
+        if finished_before(folder, record.choices) is not None:
+            raise InputError(f"--out: {folder} was finished by another niwaki run meanwhile; run the same again to see its result")
+        yield from _written(folder, record, created)
+    finally:
+        os.close(lock)
+
+
+def _written(folder: Path, record: Record, created: list[Path]) -> Iterator[None]:
+    try:
+        try:
             write(record, folder)
         except OSError as error:
             raise InputError(f"--out: {folder} cannot be written ({error.strerror}); give a folder that can") from None

@@ -147,12 +147,15 @@ def read(folder: Path) -> Record:
     Raises:
         InputError: there is none, or it is not of this schema.
     """
-    path = folder / FILE if folder.is_dir() else folder
+    try:
+        path = folder / FILE if folder.is_dir() else folder
+    except OSError as error:
+        raise InputError(f"{str(folder)[:80]}: cannot be read ({error.strerror}); give the --out folder of a finished niwaki run") from None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder}: there is no {FILE}; give the --out folder of a finished niwaki run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)}); give the --out folder of a finished niwaki run") from None
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
