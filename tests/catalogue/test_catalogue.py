@@ -14,9 +14,9 @@ from niwaki.recipe import Recipe
 # name -> (row of the survey's table, its columns in the survey's own codes, year of the cited work)
 SURVEY = {
     "iterative_magnitude": (44, "W | it | mag | - | sens | L2", 2015),
-    "gmp": (67, "W | grad | mag | - | uni | -", 2018),
+    "gmp": (67, "W | grad | mag | - | uni | -", 2017),
     "dsd": (61, "W | alt | mag | all | uni | L2", 2017),
-    "acdc": (254, "W | alt | mag | all | glob | -", 2021),
+    "acdc": (254, "W/NM | alt | mag | all | glob/uni | -", 2021),
     "static_erk": (None, "W | init | rand | - | erk | -", 2020),
     "static_uniform": (None, "W | init | rand | - | uni | -", 2020),
     "snip": (109, "W | init | gw | - | glob | -", 2019),
