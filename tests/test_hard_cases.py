@@ -86,6 +86,23 @@ def test_weights_that_are_written_between_steps_are_adopted(relaxation):
     torch.testing.assert_close(alive, torch.full_like(alive, 0.5), atol=0.02, rtol=0.0)
 
 
+@pytest.mark.parametrize("relaxation", ["hard", "latent"])
+def test_pruned_weights_that_are_written_last_are_zero_when_finalized(relaxation):
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    sparsifier = Sparsifier(model, Recipe(sparsity=0.5, relaxation=relaxation), total_steps=4).attach(optimizer)
+    go(model, [optimizer], 4)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    masks = sparsifier.finalize().masks
+    assert torch.equal(model[0].weight.detach(), masks["0.weight"].float())
+
+
+def test_a_last_selection_by_gradients_without_data_is_refused_before_training():
+    with pytest.raises(InputError, match="pass data= and loss="):
+        Sparsifier(mlp(), Recipe(sparsity=0.5, saliency="taylor", schedule={"cubic": {"end": "1 run"}}), total_steps=200)
+
+
 def test_an_optimizer_of_another_model_is_refused():
     sparsifier = Sparsifier(mlp(), niwaki.method("rigl"), total_steps=200)
     with pytest.raises(InputError, match="holds none of the target parameters"):

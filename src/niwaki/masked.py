@@ -111,6 +111,7 @@ class MaskedTensor:
             return
         here = self.bound.view(self.bound.parameter)
         self.latent = torch.where(here == self._published(), self.latent, here)
+        self.publish()
 
     def pull_back(self) -> None:
         """Pull the gradient of the published weight back to the latent one and to the own parameters."""
@@ -160,6 +161,10 @@ class MaskedTensor:
                 self.latent.copy_(self.bound.view(parameter))
             parameter.grad, self._published_gradient = self._published_gradient, None
             self.publish()
+
+    def end_step(self) -> None:
+        """Let go of what only the step needed."""
+        self._pulled = None
 
     def project(self) -> None:
         """Set pruned weights to zero."""
@@ -211,7 +216,8 @@ class MaskedTensor:
         return self.blocked if before is None else self.blocked ^ before
 
     def fold(self) -> None:
-        """Keep the published weight for good."""
+        """Keep the published or projected weight for good."""
+        self.project()
         self.latent, self.own = None, {}
         self.unwatch()
 

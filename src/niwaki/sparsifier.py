@@ -129,6 +129,7 @@ class Sparsifier:
             with preserved(model), torch.no_grad():
                 self._uses = weight_uses(model, lambda: model(batch[0]))
         self._statistics = (data, loss)
+        self._require_data_for_the_end()
         self._start_masks(data, loss)
         self._look_ahead()
 
@@ -260,21 +261,25 @@ class Sparsifier:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _overflowed(optimizer):
             return
+        index = self._index(optimizer)
         for group in optimizer.param_groups:
             for tensor in self._of(group):
                 tensor.leave_step()
             for parameter in group["params"]:
                 if parameter in self._own and parameter.grad is not None:
                     parameter.grad = None
-                    if self._own[parameter][0].bound.parameter not in self._by_holder(optimizer):
-                        self._own[parameter][0].publish()
-        self._stepped.add(self._index(optimizer))
+                    tensor = self._own[parameter][0]
+                    if id(tensor.bound.parameter) not in self._held[index]:  # its weight is stepped by another optimizer
+                        tensor.publish()
+        self._stepped.add(index)
         if frozenset().union(*self._held) == frozenset().union(*(self._held[i] for i in self._stepped)):
             self._close_round()
 
     def _close_round(self) -> None:
         self._round_is_open = False
         self.step += 1
+        for tensor in self._tensors.values():
+            tensor.end_step()
         if self.recipe.relaxation.keeps_dense_weights and not self._gradient_needs and self._sparsity_due() is not None:
             self._select(first=self._selected_at is None)  # now, so that the coming forward sees the masks of the new weights and scores
         elif self.recipe.relaxation.decides:
@@ -293,6 +298,17 @@ class Sparsifier:
         return None if target is None else self.recipe.schedule.at(self.step, target, self.clock)
 
     # ------------------------------------------------------------------ mask updates
+
+    def _require_data_for_the_end(self) -> None:
+        """Refuse a last selection that ranks by gradients after the last step, when there is none, unless it can collect them."""
+        recipe, total = self.recipe, self.clock.total_steps
+        if "gradient" not in recipe.saliency.needs or total is None or recipe.final_sparsity is None or None not in self._statistics:
+            return
+        if recipe.schedule.at(total, recipe.final_sparsity, self.clock) is not None:
+            raise InputError(
+                f"saliency: {recipe.saliency.name!r} ranks by gradients, and the schedule's last update is at the end of the run; pass"
+                " data= and loss=, or end the schedule earlier"
+            )
 
     @torch.no_grad()
     def _start_masks(self, data: Iterable[tuple[Any, Any]] | None, loss: Callable[[Any, Any], Tensor] | None) -> None:
@@ -441,7 +457,7 @@ class Sparsifier:
             tensor.fold()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._optimizers, self._finalized = [], [], True
+        self._handles, self._optimizers, self._finalized, self._statistics = [], [], True, (None, None)
         return self
 
     # ------------------------------------------------------------------ checkpoints
@@ -519,10 +535,6 @@ class Sparsifier:
     def _of(self, group: dict[str, Any]) -> list[MaskedTensor]:
         """Return the target tensors of an optimizer group."""
         return [self._by_parameter[p] for p in group["params"] if p in self._by_parameter]
-
-    def _by_holder(self, optimizer: Optimizer) -> set[Tensor]:
-        """Return the target parameters of an optimizer."""
-        return {p for group in optimizer.param_groups for p in group["params"] if p in self._by_parameter}
 
     def _index(self, optimizer: Optimizer) -> int:
         return next(i for i, known in enumerate(self._optimizers) if known is optimizer)
