@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from niwaki.errors import InputError, NiwakiError
     from niwaki.formats import load, save
     from niwaki.masks import Masks
+    from niwaki.measurement import measure
     from niwaki.recipe import Recipe
     from niwaki.sparsifier import Sparsifier
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "InputError", "Masks", "NiwakiError", "Plan", "Recipe", "Sparsifier", "load", "method", "plan", "save"]
+__all__ = ["METHODS", "InputError", "Masks", "NiwakiError", "Plan", "Recipe", "Sparsifier", "load", "measure", "method", "plan", "save"]
 
 _HOMES = {
     "catalogue": ("METHODS", "method"),
@@ -23,6 +24,7 @@ _HOMES = {
     "errors": ("InputError", "NiwakiError"),
     "formats": ("load", "save"),
     "masks": ("Masks",),
+    "measurement": ("measure",),
     "recipe": ("Recipe",),
     "sparsifier": ("Sparsifier",),
 }
