@@ -36,8 +36,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Return ``model(inputs)``, or ``model(*inputs)`` for a tuple."""
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
 def loss_gradients(model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]) -> None:
-    """Leave in every ``.grad`` the gradient of the mean over the batches (and ranks) of ``loss(model(inputs), targets)``.
+    """Leave in every ``.grad`` the gradient of the mean over the batches (and ranks) of ``loss(forward(model, inputs), targets)``.
 
     Raises:
         InputError: there is no batch, or a batch is not a pair.
@@ -48,7 +53,7 @@ def loss_gradients(model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Call
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise InputError(f"data: expected batches (inputs, targets), got {type(batch).__name__}")
             inputs, targets = batch
-            loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            loss(forward(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
             batches += 1
     if batches == 0:
         raise InputError("data: there is no batch to collect statistics from")

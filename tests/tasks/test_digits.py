@@ -6,7 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from niwaki.errors import InputError
-from niwaki.tasks import digits, task
+from niwaki.tasks import digits
+from niwaki.tasks.digits import DIGITS
 
 
 def test_every_image_is_in_one_part_once_with_its_class():
@@ -41,17 +42,15 @@ def test_missing_scikit_learn_is_one_line_with_the_remedy(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_unknown_names_offer_the_nearest():
-    with pytest.raises(InputError, match="did you mean 'digits'"):
-        task("digit")
+def test_unknown_models_offer_the_nearest():
     with pytest.raises(InputError, match="did you mean 'convnet'"):
-        task("digits").model("convnets")
+        DIGITS.model("convnets")
 
 
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
 def test_a_seed_decides_the_initial_weights_and_nothing_else(model):
     before = torch.random.get_rng_state()
-    first, same, other = (task("digits").build(model, seed).state_dict() for seed in (0, 0, 1))
+    first, same, other = (DIGITS.build(model, digits.load(), seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(value, same[name]) for name, value in first.items())
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -59,13 +58,14 @@ def test_a_seed_decides_the_initial_weights_and_nothing_else(model):
 
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
 def test_models_and_metrics_fit_the_data(model):
-    digits_task = task("digits")
-    inputs, targets = digits_task.data().test[torch.arange(7)]
-    outputs = digits_task.build(model, 0).double()(inputs.double())
-    accuracy = digits_task.metrics["accuracy"].values(outputs, targets)
-    losses = digits_task.metrics["loss"].values(outputs, targets)
+    data = DIGITS.data(None)
+    assert [tuple(part.shape) for part in DIGITS.example(data)] == [(1, 1, 8, 8)]
+    inputs, targets = data.test[torch.arange(7)]
+    outputs = DIGITS.build(model, data, 0).double()(inputs.double())
+    accuracy = DIGITS.metrics["accuracy"].values(outputs, targets)
+    losses = DIGITS.metrics["loss"].values(outputs, targets)
     logits = outputs.detach().numpy()
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(7), targets.numpy()]
     np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-12)
     np.testing.assert_array_equal(accuracy.numpy(), logits.argmax(1) == targets.numpy())
-    assert digits_task.loss(outputs, targets).item() == pytest.approx(expected.mean(), rel=1e-12)
+    assert DIGITS.loss(outputs, targets).item() == pytest.approx(expected.mean(), rel=1e-12)

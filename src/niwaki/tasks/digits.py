@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from niwaki.errors import InputError
+from niwaki.tasks.classification import METRICS
 from niwaki.tasks.networks import Convnet, Perceptron
-from niwaki.tasks.protocol import Data, Metric, Model, Task, Training
+from niwaki.tasks.protocol import Data, Model, Task, Training
 
 TEST_EVERY = 5
 """Of each class, in the order of the file, every fifth image is a test image: 80/20, stratified, the same on every machine."""
 
 
-def load() -> Data:
-    """Return the digits, pixels scaled to [0, 1], as images ``[N, 1, 8, 8]`` and classes ``[N]``.
+def load(folder: Path | None = None) -> Data:
+    """Return the digits, pixels scaled to [0, 1], as images ``[N, 1, 8, 8]`` and classes ``[N]``; no folder is needed.
 
     Raises:
         InputError: scikit-learn, which brings the images, is not installed.
@@ -29,7 +32,8 @@ def load() -> Data:
     images = torch.from_numpy(bunch.images).to(torch.float32).unsqueeze(1) / 16
     classes = torch.from_numpy(bunch.target).to(torch.int64)
     test = is_test(classes)
-    return Data(train=TensorDataset(images[~test], classes[~test]), test=TensorDataset(images[test], classes[test]))
+    train, held_out = (TensorDataset(images[which], classes[which]) for which in (~test, test))
+    return Data(train, held_out, classes=tuple(map(str, range(10))))
 
 
 def is_test(classes: Tensor) -> Tensor:
@@ -39,25 +43,19 @@ def is_test(classes: Tensor) -> Tensor:
     return earlier_of_its_class % TEST_EVERY == TEST_EVERY - 1
 
 
-def _right(outputs: Tensor, targets: Tensor) -> Tensor:
-    return outputs.argmax(dim=1) == targets
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
 DIGITS = Task(
     name="digits",
     summary="scikit-learn's handwritten digits: 1,442 training and 355 test images of 8×8 pixels, 10 classes",
     models={
-        "mlp": Model(Perceptron, Training(epochs=40, batch_size=32, learning_rate=0.1, warmup=0.05, threads=1)),
-        "convnet": Model(Convnet, Training(epochs=20, batch_size=32, learning_rate=0.1, warmup=0.05, threads=1)),
+        "mlp": Model(
+            lambda data: Perceptron(classes=len(data.classes)),
+            Training(epochs=40, batch_size=32, learning_rate=0.1, warmup=0.05, threads=1),
+        ),
+        "convnet": Model(
+            lambda data: Convnet(classes=len(data.classes)), Training(epochs=20, batch_size=32, learning_rate=0.1, warmup=0.05, threads=1)
+        ),
     },
     data=load,
     loss=F.cross_entropy,
-    metrics={
-        "accuracy": Metric(_right, "share of examples whose largest output is their class"),
-        "loss": Metric(_cross_entropy, "mean cross-entropy of the examples, in nats", higher_is_better=False, percent=False),
-    },
+    metrics=METRICS,
 )

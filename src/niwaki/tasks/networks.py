@@ -50,6 +50,47 @@ class Convnet(nn.Module):
         return out
 
 
+class LeNet5(nn.Module):
+    """LeNet-5 as Caffe ships it and the pruning literature counts it (Jia et al. 2014; Han et al. 2015): 431,080 parameters.
+
+    Two 5×5 convolutions of 20 and 50 channels, each followed by a ReLU and a 2×2 max pooling, a layer of 500 units, and the output. Caffe's
+    own has no ReLU after the convolutions; LeCun et al.'s of 1998 has 6 and 16 channels and layers of 120 and 84 units.
+    Input ``[batch, 1, 28, 28]``; output ``[batch, classes]``.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.linear1 = nn.Linear(50 * 4 * 4, 500)
+        self.linear2 = nn.Linear(500, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs for a batch of images."""
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        out: Tensor = self.linear2(F.relu(self.linear1(x.flatten(1))))
+        return out
+
+
+class VGG(nn.Sequential):
+    """VGG-small for CIFAR (Zhang et al. 2018, LQ-Nets): three pairs of 3×3 convolutions with batch normalization, then one linear layer.
+
+    The pairs have ``width``, ``2 · width`` and ``4 · width`` channels and end in a 2×2 max pooling. With the usual width of 128 there are
+    4.7 million parameters. Input ``[batch, 3, 32, 32]``; output ``[batch, classes]``.
+    """
+
+    def __init__(self, classes: int = 10, width: int = 128) -> None:
+        layers: list[nn.Module] = []
+        inputs = 3
+        for outputs in (width, 2 * width, 4 * width):
+            for channels in (inputs, outputs):
+                layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers.append(nn.MaxPool2d(2))
+            inputs = outputs
+        super().__init__(*layers, nn.Flatten(), nn.Linear(inputs * 4 * 4, classes))
+
+
 class _Residual(nn.Module):
     """Two 3×3 convolutions around an option-A shortcut: every second pixel, and zeros for the channels that the input lacks."""
 

@@ -9,19 +9,21 @@ A task is a record of plain values and functions. A user's own task is one more 
 >>> examples = TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
 >>> task = Task(
 ...     name="sign of a sum",
-...     models={"linear": Model(lambda: nn.Linear(3, 2), Training(epochs=2, batch_size=16))},
-...     data=lambda: Data(train=examples, test=examples),
+...     models={"linear": Model(lambda data: nn.Linear(3, 2), Training(epochs=2, batch_size=16))},
+...     data=lambda folder: Data(train=examples, test=examples, classes=("negative", "positive")),
 ...     loss=nn.functional.cross_entropy,
 ...     metrics={"accuracy": Metric(lambda outputs, targets: outputs.argmax(1) == targets, "share of right answers")},
 ... )
->>> task.build("linear", seed=0)
+>>> task.build("linear", task.data(None), seed=0)
 Linear(in_features=3, out_features=2, bias=True)
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,23 +32,62 @@ from torch import Tensor, nn
 
 from niwaki.errors import InputError, did_you_mean
 
+FINGERPRINT_BATCH = 4096
+
+Inputs = Tensor | tuple[Tensor, ...]
+"""What a model is called with: ``model(inputs)``, or ``model(*inputs)`` for a tuple."""
+
 
 class Examples(Protocol):
     """Examples that can be fetched as a batch by a tensor of indices, such as ``torch.utils.data.TensorDataset``."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, indices: Tensor, /) -> tuple[Tensor, ...]:
-        """Return ``(inputs, targets)`` of a batch, each with the examples along its first dimension."""
+    def __getitem__(self, indices: Tensor, /) -> tuple[Any, ...]:
+        """Return ``(inputs, targets)`` of a batch, each with the examples along its first dimension; inputs may be a tuple of tensors."""
         ...
 
 
 @dataclass(frozen=True)
 class Data:
-    """The examples to train on and those to test on."""
+    """The examples to train on and those to test on.
+
+    Attributes:
+        train: to learn from.
+        test: to evaluate on; never learned from.
+        classes: names of the classes, when targets are class numbers: recall is then told by class.
+        facts: what a model must know of the data to be built, such as ``{"vocabulary": 65}``.
+        tokens_per_example: for times in ``tokens``.
+    """
 
     train: Examples
     test: Examples
+    classes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    tokens_per_example: int | None = None
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all examples, in hexadecimal digits: equal data, equal fingerprint."""
+        digest = hashlib.sha256()
+        for examples in (self.train, self.test):
+            digest.update(len(examples).to_bytes(8, "little"))
+            whole = getattr(examples, "tensors", None)  # as TensorDataset has them: without the work of making batches
+            batches = [whole] if whole is not None else _batches(examples)
+            for batch in batches:
+                for tensor in _flat(batch):
+                    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _batches(examples: Examples) -> Any:
+    return (
+        examples[torch.arange(begin, min(begin + FINGERPRINT_BATCH, len(examples)))] for begin in range(0, len(examples), FINGERPRINT_BATCH)
+    )
+
+
+def _flat(batch: Any) -> list[Tensor]:
+    return [batch] if isinstance(batch, Tensor) else [tensor for part in batch for tensor in _flat(part)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +101,7 @@ class Metric:
         percent: whether it is a share that people read in per cent.
     """
 
-    values: Callable[[Tensor, Tensor], Tensor]
+    values: Callable[[Any, Tensor], Tensor]
     definition: str
     higher_is_better: bool = True
     percent: bool = True
@@ -69,30 +110,56 @@ class Metric:
 class Training(BaseModel):
     """Settings of a training: everything that is not the model, the data or the loss.
 
-    The learning rate is the peak; ``cosine`` decays it to 0 over the run (Loshchilov & Hutter 2017) after a linear ``warmup`` share.
-    ``threads`` is the number of CPU threads, None for torch's default: one is fastest for tiny models, and makes the numbers the same
-    however many cores a machine has.
+    Attributes:
+        epochs: passes over the training examples; a *run* is this long.
+        batch_size: examples of an optimizer step.
+        accumulate: how many backward passes make a step; a batch is cut into as many equal parts.
+        optimizer: ``sgd`` (with momentum) or ``adamw``.
+        learning_rate: the peak.
+        momentum: of ``sgd``.
+        weight_decay: of all parameters.
+        clip_norm: gradients are scaled down to this norm at most; None for no limit.
+        learning_rate_schedule: ``cosine`` decays it to 0 over the run (Loshchilov & Hutter 2017).
+        warmup: share of the run in which it rises linearly.
+        precision: of the forward and backward pass; weights stay as they are. ``float16`` scales the loss.
+        ema: decay of an exponential moving average of the weights, which is then what is evaluated and saved; None for none.
+        threads: CPU threads, None for torch's default: one is fastest for tiny models, and makes the numbers the same however many
+            cores a machine has.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(ge=1)
+    epochs: int = Field(ge=0)
     batch_size: int = Field(ge=1)
+    accumulate: int = Field(default=1, ge=1)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0, allow_inf_nan=False)
+    clip_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     learning_rate_schedule: Literal["constant", "cosine"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    ema: float | None = Field(default=None, gt=0, lt=1)
     threads: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a network, with random initial weights, and the training that suits it."""
+    """How to build a network for given data, with random initial weights (or trained ones), and the training that suits it."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[Data], nn.Module]
     training: Training
+
+
+def _first_example(data: Data) -> tuple[Any, ...]:
+    inputs = data.test[torch.arange(1)][0]
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _same(outputs: Any) -> Tensor:
+    assert isinstance(outputs, Tensor)
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -102,20 +169,27 @@ class Task:
     Attributes:
         name: how it is called on the command line.
         models: model name -> how it is built and trained; the first is the default.
-        data: loads the examples; raises InputError when they cannot be had.
+        data: loads the examples, given the folder of ``--data`` or ``NIWAKI_DATA`` (None without one); raises InputError when they
+            cannot be had.
         loss: ``loss(outputs, targets)`` -> scalar mean over the batch.
         metrics: metric name -> metric; the first is the headline.
         summary: one line for people.
+        example: positional arguments of a forward pass on one example.
+        logits: the scores of the classes in a model's outputs, along the last dimension.
+        augment: random changes of a batch's inputs while training; all its randomness must come from the generator.
+        code: SHA-256 of the code that defines it, where that is not Niwaki's own.
     """
 
     name: str
     models: Mapping[str, Model]
-    data: Callable[[], Data]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    data: Callable[[Path | None], Data]
+    loss: Callable[[Any, Tensor], Tensor]
     metrics: Mapping[str, Metric]
     summary: str = ""
-    example: Callable[[Data], tuple[Any, ...]] = field(default=lambda data: (data.test[torch.arange(1)][0],))
-    """Positional arguments of a forward pass on one example."""
+    example: Callable[[Data], tuple[Any, ...]] = _first_example
+    logits: Callable[[Any], Tensor] = _same
+    augment: Callable[[Any, torch.Generator], Any] | None = None
+    code: str | None = None
 
     def model(self, name: str | None = None) -> tuple[str, Model]:
         """Return a model's name and record; the default one when no name is given. Raises InputError for an unknown name."""
@@ -124,9 +198,9 @@ class Task:
             raise InputError(f"--model: the task {self.name!r} has no model {name!r}; {did_you_mean(name, self.models)}")
         return name, self.models[name]
 
-    def build(self, name: str, seed: int) -> nn.Module:
+    def build(self, name: str, data: Data, seed: int) -> nn.Module:
         """Build a model with the initial weights of a seed; the random state of the process stays as it was."""
         _, model = self.model(name)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return model.build()
+            return model.build(data)
