@@ -35,7 +35,7 @@ PLANNED: dict[str, frozenset[str]] = {
     "relaxation": frozenset({"hard_concrete", "sigmoid_anneal", "variational_noise"}),
     "penalty": frozenset({"l1", "l2", "lp", "group_lasso", "sparse_group_lasso", "hoyer", "polarization", "expected_l0", "kl"}),
     "compensation": frozenset({"obs", "least_squares", "bias_absorb", "merge", "batchnorm_recalibration"}),
-    "objective": frozenset({"distillation", "adversarial"}),
+    "objective": frozenset({"adversarial"}),
     "memory": frozenset({"error_feedback", "momentum_correction"}),
 }
 """Names that the vocabulary has and this version cannot run yet: recipes with them parse, and say what is missing."""
@@ -52,7 +52,7 @@ class Component(BaseModel):
     source: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Statistics that must be collected for it: ``gradient`` (of the loss at the current weights), ``score`` (the relaxation's
-    learned score), ``flops`` (how often each weight is used in a forward pass)."""
+    learned score), ``flops`` (how often each weight is used in a forward pass), ``teacher`` (outputs of the trained dense model)."""
 
     single_field: ClassVar[str | None] = None
     """The field that a bare value stands for: ``{name: value}`` for ``{name: {single_field: value}}``."""

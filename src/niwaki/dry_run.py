@@ -104,6 +104,8 @@ def plan(
     Raises:
         InputError: as :class:`niwaki.Sparsifier` would for the same arguments.
     """
+    if recipe.stages is not None:
+        raise InputError("recipe: it has stages; plan each of niwaki.recipe.stages.unroll(recipe), or use niwaki run --dry-run")
     clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
     notes = recipe.fit(clock)
     targets, left_out = select_targets(model, recipe.target)

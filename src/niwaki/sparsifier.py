@@ -21,24 +21,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from niwaki.binding import bind
-from niwaki.calibration import loss_gradients, preserved
+from niwaki.binding import active_pieces, bind
+from niwaki.calibration import forward, loss_gradients, preserved
 from niwaki.clock import Clock
 from niwaki.errors import InputError
 from niwaki.gradient import Superset
+from niwaki.granularity import Element
 from niwaki.growth import DropAndGrow, NoGrowth
+from niwaki.layout import Layout
 from niwaki.masked import MaskedTensor
-from niwaki.masks import Masks, canonical_name, local
+from niwaki.masks import Masks, canonical_name, local, shard
 from niwaki.metrics.flops import weight_uses
 from niwaki.own_parameters import add_own_parameters
 from niwaki.ranks import require_same
 from niwaki.recipe import Recipe
+from niwaki.recipe.stages import StageRecipe
 from niwaki.saliency import Observation
+from niwaki.selection import kept
 from niwaki.slots import forget_history, reset_slots
 from niwaki.target import LeftOut, select_targets
-from niwaki.update import Update, next_masks, starts_at_random
+from niwaki.update import Update, next_masks, starts_at_random, sum_counts
 
 MasksChanged = Callable[[Masks], None]
+
+NOTHING = StageRecipe()
+"""What is held is under: hard masks, and no update."""
 
 
 class Sparsifier:
@@ -46,7 +53,11 @@ class Sparsifier:
 
     Args:
         model: any module, wrapped (``torch.compile``, DDP) or not; with FSDP2 build the sparsifier after ``fully_shard``.
-        recipe: what to do; see :class:`niwaki.Recipe` and :func:`niwaki.method`.
+        recipe: what to do; see :class:`niwaki.Recipe` and :func:`niwaki.method`. One with stages is carried out by ``niwaki run``, or
+            by a sparsifier for each of :func:`niwaki.recipe.stages.unroll`.
+        masks: to start from, such as those of an earlier stage. What they prune is pruned from the beginning, and stays so unless the
+            recipe brings it back: with hard masks and no growth, updates choose only from what is active. They are the first masks of a
+            growth that would draw its own. Tensors that are no targets of the recipe keep their masks to the end.
         total_steps: optimizer steps of the whole run; resolves times in ``run``.
         steps_per_epoch: optimizer steps of an epoch; resolves times in ``epochs``.
         tokens_per_step: tokens of a step; resolves times in ``tokens``.
@@ -73,6 +84,7 @@ class Sparsifier:
         model: nn.Module,
         recipe: Recipe,
         *,
+        masks: Masks | None = None,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
         tokens_per_step: int | None = None,
@@ -80,6 +92,8 @@ class Sparsifier:
         data: Iterable[tuple[Any, Any]] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
+        if recipe.stages is not None:
+            raise InputError("recipe: it has stages; build a sparsifier for each of niwaki.recipe.stages.unroll(recipe), or use niwaki run")
         self.model, self.recipe, self.seed = model, recipe, seed
         self.clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
         self.step = 0
@@ -90,7 +104,9 @@ class Sparsifier:
             self._tell(note)
         self.left_out: list[LeftOut] = []
         self._tensors: dict[str, MaskedTensor] = {}
-        targets, self.left_out = select_targets(model, recipe.target)
+        masks = masks or Masks()
+        masks.apply_(model)
+        targets, self.left_out = select_targets(model, recipe.target) if recipe.acts else ([], [])
         for target in targets:
             bound = bind(target.name, target.parameter, target.layout, recipe.granularity)
             if isinstance(bound, str):
@@ -101,12 +117,16 @@ class Sparsifier:
                 if bound.group is not None and recipe.normalization.name not in ("none", "per_flop"):
                     name = recipe.normalization.name
                     raise InputError(f"normalization: {name!r} needs whole tensors, and {bound.name} is sharded; choices: none, per_flop")
-        if not self._tensors:
+        if not self._tensors and recipe.acts:
             raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
+        self._targets = list(self._tensors.values())
+        self._take_masks(masks)
+        if not self._tensors:
+            raise InputError("recipe: it masks nothing, and there are no masks= to hold")
         self._by_parameter = {t.bound.parameter: t for t in self._tensors.values()}
         self._own = {p: (t, name) for t in self._tensors.values() for name, p in t.own.items()}
         if recipe.final_sparsity is not None and not recipe.allocation.joint:  # what it cannot give is told now, not at its first update
-            recipe.allocation.keep(recipe.final_sparsity, [t.bound.layer for t in self._tensors.values()], recipe.final_sparsity)
+            recipe.allocation.keep(recipe.final_sparsity, [t.bound.layer for t in self._targets], recipe.final_sparsity)
         self._optimizers: list[Optimizer] = []
         self._held: list[frozenset[int]] = []
         self._handles: list[RemovableHandle] = []
@@ -127,11 +147,53 @@ class Sparsifier:
             batch = next(batches)
             data = chain([batch], batches) if batches is data else data
             with preserved(model), torch.no_grad():
-                self._uses = weight_uses(model, lambda: model(batch[0]))
+                self._uses = weight_uses(model, lambda: forward(model, batch[0]))
         self._statistics = (data, loss)
         self._require_data_for_the_end()
         self._start_masks(data, loss)
         self._look_ahead()
+
+    @torch.no_grad()
+    def _take_masks(self, masks: Masks) -> None:
+        """Start from masks, and hold those of tensors that the recipe does not act on.
+
+        Raises:
+            InputError: they mask more than the recipe asks for in the end, and nothing would grow back.
+        """
+        parameters = {canonical_name(name): parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)}
+        known = {t.bound.parameter: t for t in self._targets}
+        for name, mask in masks.items():
+            parameter = parameters[name]
+            tensor = known.get(parameter)
+            if tensor is None:
+                layout = Layout(("output", *["input"] * (parameter.ndim - 1)), tuple(parameter.shape))
+                bound = bind(name, parameter, layout, Element())
+                assert not isinstance(bound, str)
+                tensor = known[parameter] = self._tensors[name] = MaskedTensor(bound, NOTHING, self.seed)
+            keep = shard(mask, parameter, f"masks: {name!r}").to(local(parameter).device).contiguous().view(tensor.bound.here.shape)
+            if tensor.bound.group is None and bool(keep.all()):
+                continue  # as if it had none, so that a growth may draw its own
+            tensor.set_masks(keep, keep if tensor.recipe.gradient.masked else None, before_training=True)
+        self._given = any(t.pruned is not None for t in self._targets)
+        final = self.recipe.final_sparsity
+        if self._given and final is not None and self._only_removes() and kept(final, self._pieces) > self._active_pieces():
+            masked = 1.0 - self._active_pieces() / self._pieces
+            raise InputError(
+                f"sparsity: {final!r} is below that of the masks to start from, {masked:.6g}, and growth: none brings nothing back; choose"
+                " a higher sparsity, or growth: all, random or gradient"
+            )
+
+    def _only_removes(self) -> bool:
+        """Return whether what is pruned stays pruned."""
+        return isinstance(self.recipe.growth, NoGrowth) and not self.recipe.relaxation.keeps_dense_weights
+
+    @property
+    def _pieces(self) -> int:
+        return sum(t.bound.pieces for t in self._targets)
+
+    def _active_pieces(self) -> int:
+        bounds = [t.bound for t in self._targets]
+        return sum(sum_counts([active_pieces(self.recipe.granularity, t.bound, t.pruned) for t in self._targets], bounds))
 
     # ------------------------------------------------------------------ what a user asks
 
@@ -142,9 +204,14 @@ class Sparsifier:
 
     @property
     def sparsity(self) -> float:
-        """Share of the target elements that are masked now (this rank's part of sharded parameters)."""
+        """Share of the targets' elements, and of held tensors', that is masked now (this rank's part of sharded parameters)."""
         total = sum(t.bound.here.elements for t in self._tensors.values())
         return sum(int(t.pruned.sum()) for t in self._tensors.values() if t.pruned is not None) / max(total, 1)
+
+    @property
+    def needs_dense_gradient(self) -> bool:
+        """Whether the coming step's gradients are those of all weights, for an update that ranks by them."""
+        return self._dense_gradient_next
 
     @property
     def ever_active_share(self) -> float:
@@ -178,8 +245,8 @@ class Sparsifier:
             if any(optimizer is known for known in self._optimizers):
                 raise InputError("attach: this optimizer is attached already")
             hooks = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
-            others = [owner for owner in hooks if isinstance(owner, Sparsifier)]
-            if others and any(owner.recipe.skips_steps for owner in (self, *others)):
+            others = [owner for owner in hooks if isinstance(owner, Sparsifier) and owner.recipe.acts]
+            if others and self.recipe.acts and any(owner.recipe.skips_steps for owner in (self, *others)):
                 raise InputError(
                     "attach: another sparsifier is attached to this optimizer, and one of the two skips steps, gradients included; say"
                     " at_update: step in its growth"
@@ -195,6 +262,8 @@ class Sparsifier:
             self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
         for tensor in self._tensors.values():
             tensor.watch_gradient(self._on_gradient)
+            if tensor.blocked is not None:  # an optimizer that has stepped before may remember what is pruned now
+                self._freshen(tensor, tensor.blocked)
         return self
 
     def _require_own_model(self, where: str) -> None:
@@ -209,7 +278,7 @@ class Sparsifier:
 
     def _on_gradient(self, tensor: MaskedTensor) -> None:
         self._accumulated.add(tensor.bound.parameter)
-        if tensor.latent is None and not self._dense_gradient_next:
+        if tensor.latent is None and (tensor.recipe is NOTHING or not self._dense_gradient_next):
             tensor.mask_gradient()
 
     # ------------------------------------------------------------------ the step
@@ -281,7 +350,7 @@ class Sparsifier:
         for tensor in self._tensors.values():
             tensor.end_step()
         if self.recipe.relaxation.keeps_dense_weights and not self._gradient_needs and self._sparsity_due() is not None:
-            self._select(first=self._selected_at is None)  # now, so that the coming forward sees the masks of the new weights and scores
+            self._select(self._first)  # now, so that the coming forward sees the masks of the new weights and scores
         elif self.recipe.relaxation.decides:
             self._announce()
         self._look_ahead()
@@ -313,21 +382,27 @@ class Sparsifier:
     @torch.no_grad()
     def _start_masks(self, data: Iterable[tuple[Any, Any]] | None, loss: Callable[[Any, Any], Tensor] | None) -> None:
         """Make the selection that is due before the first step, if what it needs is at hand."""
-        needs = frozenset() if starts_at_random(self.recipe.growth) else self.recipe.saliency.needs
         if self._sparsity_due() is None:
             return
+        needs = self.recipe.saliency.needs if self._first else self.recipe.saliency.needs | self.recipe.growth.needs
+        if self._first and starts_at_random(self.recipe.growth):
+            needs = frozenset()
+        asking = self.recipe.saliency if "gradient" in self.recipe.saliency.needs else self.recipe.growth
         if "gradient" not in needs:
-            self._select(first=True)
+            self._select(self._first)
         elif data is not None:
             if loss is None:
-                raise InputError(f"saliency: {self.recipe.saliency.name!r} needs loss= with data=, called as loss(model(inputs), targets)")
+                raise InputError(f"{asking.slot}: {asking.name!r} needs loss= with data=, called as loss(model(inputs), targets)")
             with preserved(self.model):
                 loss_gradients(self.model, data, loss)
-                self._select(first=True)
+                self._select(self._first)
         else:
-            self._tell(
-                f"the first mask is chosen at the first step, from its gradients: saliency {self.recipe.saliency.name!r} had no data="
-            )
+            self._tell(f"the first mask is chosen at the first step, from its gradients: {asking.slot} {asking.name!r} had no data=")
+
+    @property
+    def _first(self) -> bool:
+        """Whether the coming selection makes the targets' first masks."""
+        return self._selected_at is None and all(t.pruned is None for t in self._targets)
 
     def _update_masks(self, closure: Callable[[], Any] | None) -> None:
         """Update the masks before this step if the schedule says so."""
@@ -336,8 +411,8 @@ class Sparsifier:
         if self._gradient_needs and closure is not None:
             with torch.enable_grad():
                 closure()
-        first = self._selected_at is None
-        self._select(first=first)
+        first = self._first
+        self._select(first)
         self._skips = not first and self.recipe.skips_steps
         self._dense_gradient_next = False
         for tensor in self._tensors.values():
@@ -349,7 +424,9 @@ class Sparsifier:
         """Select the masks that are due, and bring weights, slots and gradients in line with them."""
         sparsity = self._sparsity_due()
         assert sparsity is not None
-        tensors = list(self._tensors.values())
+        tensors = self._targets
+        if self._given and self._only_removes():
+            sparsity = max(sparsity, 1.0 - self._active_pieces() / self._pieces)
         keep = self._next(sparsity, first, grows)
         learns = keep
         if isinstance(self.recipe.gradient, Superset):
@@ -369,7 +446,7 @@ class Sparsifier:
             self._announce()
 
     def _next(self, sparsity: float, first: bool, grows: bool) -> list[Tensor]:
-        recipe, tensors = self.recipe, list(self._tensors.values())
+        recipe, tensors = self.recipe, self._targets
         last = max(recipe.schedule.last(self.clock), 1)
 
         def observe(i: int, needs: frozenset[str]) -> Observation:
@@ -399,6 +476,8 @@ class Sparsifier:
         masks = next_masks(recipe, [t.bound for t in tensors], [t.pruned for t in tensors], update)
         for note in update.notes:
             self._tell(note)
+        if self._given and update.from_active:  # masks that were given may cut through pieces
+            masks = [mask & tensor.kept(tensor.pruned) for mask, tensor in zip(masks, tensors, strict=True)]
         return masks
 
     def _freshen(self, tensor: MaskedTensor, where: Tensor) -> None:
@@ -444,7 +523,7 @@ class Sparsifier:
         self._require_own_model("finalize")
         for tensor in self._tensors.values():
             tensor.adopt_writes()
-        first, last = self._selected_at is None, self.recipe.schedule.last(self.clock)
+        first, last = self._first, self.recipe.schedule.last(self.clock)
         if self._sparsity_due() is not None:
             data, loss = self._statistics
             with preserved(self.model) if data is not None and loss is not None else nullcontext():
@@ -543,6 +622,20 @@ class Sparsifier:
         if note not in self.notes:
             self.notes.append(note)
             warnings.warn(note, stacklevel=2)
+
+
+def hold(model: nn.Module, masks: Masks) -> Sparsifier:
+    """Return a sparsifier that keeps masks while a model trains, and never updates them; attach it to the optimizers.
+
+    Raises:
+        InputError: there are no masks, or one whose name or shape the model does not have.
+
+    >>> model = nn.Linear(3, 1)
+    >>> kept = hold(model, Masks({"weight": torch.tensor([[True, False, True]])})).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> kept.sparsity == 1 / 3
+    True
+    """
+    return Sparsifier(model, NOTHING, masks=masks)
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

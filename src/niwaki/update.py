@@ -88,7 +88,7 @@ def next_masks(recipe: Recipe, bounds: Sequence[Bound], pruned: Sequence[Tensor 
     else:
         eligible = active if update.from_active else [None] * len(bounds)
         keep = _choose(recipe, bounds, saliency, counts, eligible, update)
-    if granularity.sparsity is not None and (more := sum(_sum_counts(keep, bounds))) > sum(counts):
+    if granularity.sparsity is not None and (more := sum(sum_counts(keep, bounds))) > sum(counts):
         asked = sum(counts)
         _tell(
             update, f"kept {more} weights where the sparsity asks for {asked}: groups of {granularity.name} keep their best, short ones too"
@@ -106,7 +106,7 @@ def _drop_and_grow(
 ) -> list[Tensor]:
     """Drop the share that the growth component says of the active pieces, then grow up to the target counts."""
     fraction = growth.fraction.at(update.progress)
-    now = _sum_counts(active, bounds)
+    now = sum_counts(active, bounds)
     if recipe.allocation.joint:
         now = [sum(now)]
     survivors = [min(n, count) for n, count in zip(now, counts, strict=True)]
@@ -125,7 +125,7 @@ def _counts(recipe: Recipe, bounds: Sequence[Bound], active: Sequence[Tensor] | 
     """Return the pieces to keep for each tensor, or one total when all tensors are ranked together."""
     layers = [b.layer for b in bounds]
     total = kept(update.sparsity, sum(b.pieces for b in bounds))
-    now = None if active is None else _sum_counts(active, bounds)
+    now = None if active is None else sum_counts(active, bounds)
     if now is not None and sum(now) < total:
         raise InputError(
             f"schedule: the sparsity falls to {update.sparsity:.6g} before step {update.step}, and growth: none brings nothing back;"
@@ -177,11 +177,12 @@ def _choose(
     if any(g is not group for g in groups):
         raise InputError("allocation: global needs all target tensors sharded over the same processes")
     lazy = [partial(scores, i) for i in range(len(bounds))]
+    counted = sum_counts([torch.ones(1) if e is None else e for e in eligible], bounds)  # a mask that was given may have emptied one
     while True:
         keep = _forced_select(lazy, counts[0], list(eligible), forced, names, group)
         if taken is not None or counts[0] < len(bounds):
             return keep
-        emptied = [i for i, n in enumerate(_sum_counts(keep, bounds)) if n == 0]
+        emptied = [i for i, n in enumerate(sum_counts(keep, bounds)) if n == 0 and counted[i]]
         if not emptied:
             return keep
         for i in emptied:
@@ -219,7 +220,7 @@ def _protected(recipe: Recipe, bound: Bound, scores: Callable[[], Tensor], eligi
     return protected if protected is None or eligible is None else protected & eligible
 
 
-def _sum_counts(pieces: Sequence[Tensor], bounds: Sequence[Bound]) -> list[int]:
+def sum_counts(pieces: Sequence[Tensor], bounds: Sequence[Bound]) -> list[int]:
     """Return how many pieces are True in each whole tensor."""
     counts = [int(p.sum()) for p in pieces]
     for group in dict.fromkeys(b.group for b in bounds if b.group is not None):

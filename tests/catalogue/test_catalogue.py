@@ -1,5 +1,6 @@
 """The catalogue: complete rows, valid recipes with the published settings, and the rules of ``method``."""
 
+import math
 import re
 from importlib.resources import files
 
@@ -10,18 +11,23 @@ from niwaki.catalogue import CHAPTERS, METHODS, Columns, method, parse_rows
 from niwaki.clock import Clock
 from niwaki.errors import InputError
 from niwaki.recipe import Recipe
+from niwaki.recipe.stages import unroll
 
 # name -> (row of the survey's table, its columns in the survey's own codes, year of the cited work)
 SURVEY = {
     "iterative_magnitude": (44, "W | it | mag | - | sens | L2", 2015),
+    "train_prune_retrain": (44, "W | it | mag | - | sens | L2", 2015),
     "gmp": (67, "W | grad | mag | - | uni | -", 2017),
     "dsd": (61, "W | alt | mag | all | uni | L2", 2017),
     "acdc": (254, "W/NM | alt | mag | all | glob/uni | -", 2021),
     "static_erk": (None, "W | init | rand | - | erk | -", 2020),
     "static_uniform": (None, "W | init | rand | - | uni | -", 2020),
     "snip": (109, "W | init | gw | - | glob | -", 2019),
+    "lottery_ticket": (110, "W | it | mag | - | uni/glob | -", 2019),
+    "learning_rate_rewinding": (112, "W/U | it | mag | - | glob | -", 2020),
     "magnitude": (3, "W | post/it | mag | - | glob | -", 1989),
     "random": (99, "U | it | rand | - | uni | -", 2018),
+    "movement": (161, "W/B | cont | ste | impl | uni/glob | -", 2020),
     "str": (140, "W | cont | thr | impl | lrn | L2", 2020),
     "set": (101, "W | dyn | mag | rand | er | -", 2018),
     "rigl": (119, "W | dyn | mag | grd | er/erk/uni | -", 2020),
@@ -39,16 +45,26 @@ PUBLISHED = {
     "snip": {"saliency": "snip", "allocation": "global", "schedule": "one_shot"},
     "magnitude": {"saliency": "magnitude", "allocation": "global", "schedule": "one_shot"},
     "random": {"saliency": "random", "allocation": "uniform", "schedule": "one_shot"},
+    "movement": {
+        "sparsity": 0.9,
+        "saliency": "score",
+        "relaxation": "straight_through",
+        "schedule": "cubic",
+        "objective": "distillation",
+    },
     "str": {"sparsity": None, "relaxation": "soft_threshold"},
     "set": {"saliency": "magnitude", "allocation": "erdos_renyi", "growth": "random", "schedule": "constant"},
     "rigl": {"sparsity": 0.9, "saliency": "magnitude", "allocation": "erdos_renyi_kernel", "growth": "gradient", "schedule": "constant"},
     "top_kast": {"sparsity": 0.9, "relaxation": "latent", "gradient": "superset", "penalty": "exploration_l2", "allocation": "uniform"},
 }
 
+STAGED = ("train_prune_retrain", "lottery_ticket", "learning_rate_rewinding")
+"""Rows whose sparsity is that of their stages."""
+
 
 def test_the_catalogue_has_exactly_these_methods():
     assert list(METHODS) == list(SURVEY)
-    assert len(METHODS) == 13
+    assert len(METHODS) == 17
     assert "rigl" in METHODS
     assert "rigel" not in METHODS
     with pytest.raises(TypeError):
@@ -80,10 +96,10 @@ def test_a_rows_recipe_runs_with_the_published_settings(name):
     recipe = METHODS[name].recipe
     recipe.require_complete()
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    for slot, expected in PUBLISHED[name].items():
+    for slot, expected in PUBLISHED.get(name, {}).items():
         chosen = getattr(recipe, slot)
         assert (chosen if slot == "sparsity" else chosen.name) == expected
-    recipe.schedule.validate_with(Clock(total_steps=1000, steps_per_epoch=50))
+    recipe.fit(Clock(total_steps=1000, steps_per_epoch=50))
     assert method(name) == recipe
 
 
@@ -117,7 +133,33 @@ def test_the_published_times_hold_for_a_run_of_any_length():
     assert set(updates(METHODS["top_kast"].recipe, 50, 10)) == set(range(51))
 
 
-@pytest.mark.parametrize("name", [name for name in SURVEY if name not in ("str", "top_kast")])
+def leaves_of(name):
+    """The stages of a row for a run of 100 epochs of 20 steps: (epochs, fraction pruned, snapshot saved, what is restored)."""
+    clock = Clock(total_steps=2000, steps_per_epoch=20)
+    return [
+        (
+            (leaf.clock(clock).total_steps or 0) / 20,
+            leaf.prune and leaf.prune.fraction,
+            leaf.save,
+            leaf.restore and (leaf.restore.weights, leaf.restore.optimizer, leaf.restore.learning_rate),
+        )
+        for leaf in unroll(METHODS[name].recipe)
+    ]
+
+
+def test_the_stages_of_tickets_and_of_retraining():
+    rewound = (0, 0.2, None, ("ticket", "fresh", "ticket"))
+    assert leaves_of("lottery_ticket") == [(5, None, "ticket", None), *[(95, None, None, None), rewound] * 10, (95, None, None, None)]
+    replayed = [(0, 0.2, None, ("keep", "keep", "early")), (90, None, None, None)]
+    assert leaves_of("learning_rate_rewinding") == [(10, None, "early", None), (90, None, None, None), *replayed * 10]
+    assert leaves_of("train_prune_retrain") == [(100, None, None, None), *[(0, 0.2, None, None), (23, None, None, None)] * 10]
+    for name in STAGED:
+        density = math.prod(1 - prune.fraction for leaf in unroll(METHODS[name].recipe) if (prune := leaf.prune) is not None)
+        assert 1 - density == pytest.approx(0.893, abs=5e-4)
+        assert any("0.893" in note for note in METHODS[name].differs)
+
+
+@pytest.mark.parametrize("name", [name for name in SURVEY if name not in ("str", "top_kast", *STAGED)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
 def test_a_sparsity_replaces_the_published_one_and_nothing_else(name, sparsity):
     recipe = method(name, sparsity=sparsity)
@@ -154,8 +196,8 @@ def test_a_final_cut():
         "relaxation": METHODS["str"].recipe.to_data()["relaxation"],
     }
     assert method("str", sparsity=0.8, cut=True, allocation="uniform").allocation.name == "uniform"
-    assert not METHODS["str"].takes_sparsity
-    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == ["str"]
+    assert [name for name, row in METHODS.items() if row.by_strength] == ["str"]
+    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == [*STAGED, "str"]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +210,12 @@ def test_a_final_cut():
         ),
         ({"name": "str", "cut": True}, "cut: needs the sparsity to cut to"),
         ({"name": "gmp", "sparsity": 0.9, "cut": True}, "cut: 'gmp' reaches its sparsity without a final cut; choices: str"),
+        (
+            {"name": "lottery_ticket", "sparsity": 0.9},
+            "sparsity: the stages of 'lottery_ticket' decide it; drop it, or change them (niwaki methods lottery_ticket shows the recipe)",
+        ),
+        ({"name": "lottery_ticket", "sparsity": 0.9, "cut": True}, "sparsity: the stages of 'lottery_ticket' decide it"),
+        ({"name": "lottery_ticket", "cut": True}, "cut: 'lottery_ticket' reaches its sparsity without a final cut; choices: str"),
         ({"name": "gmp", "sparsity": 1.5}, "sparsity: must be in [0, 1), got 1.5"),
         ({"name": "gmp", "alocation": "global"}, "unknown field 'alocation'; did you mean 'allocation'? choices: "),
         ({"name": "gmp", "allocation": "globl"}, "allocation: unknown component 'globl'; did you mean 'global'? choices: "),

@@ -1,5 +1,7 @@
 """DDP and FSDP2 over two gloo processes: identical masks on all ranks, equal to those of one process with the whole batch."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,9 +12,10 @@ from torch.nn import functional
 
 import niwaki
 from niwaki.masks import local
+from niwaki.sparsifier import hold
 
 STEPS, WORLD = 14, 2
-NAMES = ["gmp", "rigl", "set", "static", "top_kast", "str", "movement"]
+NAMES = ["gmp", "rigl", "set", "static", "top_kast", "str", "movement", "held", "gmp from masks", "rigl from masks"]
 
 
 def plain_net():
@@ -21,9 +24,23 @@ def plain_net():
     return model
 
 
+def masks_of(model):
+    """Half of two targets, and of a weight that is none."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: dict(model.named_parameters())[name].shape for name in ("conv1.weight", "conv2.weight", "fc1.weight")}
+    return niwaki.Masks({name: torch.rand(shape, generator=generator) < 0.5 for name, shape in shapes.items()})
+
+
 def run(model, name, rank, world, optimizer=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    sparsifier = niwaki.Sparsifier(model, recipe(RECIPES[name]), total_steps=STEPS, seed=1).attach(optimizer)
+    start = None if name in RECIPES else masks_of(plain_net())
+    if name == "held":
+        sparsifier = hold(model, start).attach(optimizer)
+    else:
+        chosen = recipe(RECIPES[name.removesuffix(" from masks")])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the first mask is chosen at the first step")
+            sparsifier = niwaki.Sparsifier(model, chosen, masks=start, total_steps=STEPS, seed=1).attach(optimizer)
     for step in range(STEPS):
         images, labels = batch(step, 16, dtype=torch.float64)
         part = slice(rank * 16 // world, (rank + 1) * 16 // world)

@@ -86,9 +86,7 @@ memory: {error_feedback: {momentum: 0.9, mask_momentum: true, clip: local}}
 MISSING = {
     "woodfisher": ["saliency 'woodfisher'", "compensation 'obs'"],
     "l0": ["relaxation 'hard_concrete'", "penalty 'expected_l0'"],
-    "network_slimming": ["stages", "target 'norm_scale'", "penalty 'l1'", "saliency 'norm_scale'"],
-    "lottery_ticket": ["stages"],
-    "movement": ["objective 'distillation'"],
+    "network_slimming": ["target 'norm_scale'", "penalty 'l1'", "saliency 'norm_scale'"],
     "dgc": ["target 'gradients'", "selection 'sampled_top_k'", "memory 'error_feedback'"],
 }
 
@@ -366,3 +364,7 @@ def test_a_description_says_what_is_chosen():
         "stage 2: 10 times the stages within.",
         "stage 2.1: train for 1 run.",
     ]
+    assert Recipe.from_yaml(TEN["lottery_ticket"]).describe()[3] == (
+        "stage 2.2: prune 20 % of what is active (saliency magnitude, allocation global); restore weights ticket, optimizer fresh,"
+        " learning_rate ticket."
+    )

@@ -45,7 +45,7 @@ def test_every_field_of_a_stage_is_read_and_written():
     assert (last.finish, last.repeat, last.stages) == ("shrink", 1, None)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert YAML(typ="safe").load(recipe.to_yaml()) == YAML(typ="safe").load(FULL)
-    assert recipe.missing == ["stages"]
+    assert recipe.missing == []
     assert recipe.to_data(defaults=True) == recipe.to_data()
     assert recipe.final_sparsity is None
 
@@ -54,8 +54,8 @@ def test_components_to_come_are_found_in_every_stage():
     recipe = Recipe.from_yaml(
         "stages: [{stages: [{prune: {fraction: 0.1, saliency: obd}}, {for: 1 run, objective: adversarial}]}, {for: 1 run, target: heads}]"
     )
-    assert recipe.missing == ["stages", "saliency 'obd'", "objective 'adversarial'", "target 'heads'"]
-    with pytest.raises(InputError, match="cannot run yet: stages, saliency 'obd', "):
+    assert recipe.missing == ["saliency 'obd'", "objective 'adversarial'", "target 'heads'"]
+    with pytest.raises(InputError, match="cannot run yet: saliency 'obd', "):
         recipe.require_complete()
 
 
@@ -104,6 +104,13 @@ def test_stages_take_slots_of_the_recipe_around_them():
             "[{prune: {fraction: 0.2}, sparsity: 0.5}]",
             "stages[0].prune: masks a fraction of what is left, so it cannot stand beside a sparsity",
         ),
+        ("[{prune: {fraction: 0.2, granularity: 2:4}}]", "stages[0].prune.granularity: 'n_m' fixes the sparsity"),
+        ("[{prune: {fraction: 0.2, saliency: score}}]", "stages[0].prune.saliency: 'score' is learned while training"),
+        ("[{penalty: l1}]", "stages[0].for: missing; penalty acts while a stage trains, so say how long, such as for: 1 run"),
+        ("[{sparsity: 0.5, relaxation: latent}]", "stages[0].for: missing; relaxation acts while a stage trains"),
+        ("[{objective: distillation}]", "stages[0].for: missing; objective acts while a stage trains"),
+        ("[{sparsity: 0.5, schedule: cubic}]", "stages[0].for: missing; the schedule 'cubic' takes time"),
+        ("[{sparsity: 0.5, schedule: {one_shot: {at: 5 steps}}}]", "stages[0].for: missing; the schedule 'one_shot' takes time"),
         ("[{for: 1 run, save: keep}]", "stages[0].save: 'keep' cannot name a snapshot"),
         ("[{for: 1 run, save: ''}]", "stages[0].save: "),
         ("[{restore: {}}]", "stages[0].restore: restores nothing; name a snapshot for weights, optimizer or learning_rate"),
@@ -120,6 +127,7 @@ def test_stages_take_slots_of_the_recipe_around_them():
             "[{sparsity: 0.5, finish: shrink}]",
             "stages[0].finish: 'shrink' removes whole channels, not pieces of 'element'; choices: granularity input_channel, ",
         ),
+        ("[{prune: {fraction: 0.5}, finish: shrink}]", "stages[0].finish: 'shrink' removes whole channels, not pieces of 'element'"),
     ],
 )
 def test_errors_name_the_stage_and_the_field_in_one_line(stages, said):
@@ -127,6 +135,20 @@ def test_errors_name_the_stage_and_the_field_in_one_line(stages, said):
         Recipe.from_yaml(f"stages: {stages}")
     assert str(error.value).startswith(said)
     assert "\n" not in str(error.value)
+
+
+def test_a_prune_takes_slots_of_the_stage_and_of_the_recipe_around_it():
+    yaml = "{{{around} stages: [{{{stage} prune: {{fraction: 0.2{own}}}{end}}}]}}"
+    Recipe.from_yaml(yaml.format(around="granularity: input_channel,", stage="", own="", end=", finish: shrink"))
+    Recipe.from_yaml(yaml.format(around="", stage="granularity: output_channel, saliency: random,", own="", end=", finish: shrink"))
+    for around, stage, own in (
+        ("granularity: input_channel,", "", ", granularity: element"),
+        ("granularity: input_channel,", "granularity: element,", ""),
+    ):
+        with pytest.raises(InputError, match=r"^stages\[0\]\.finish: 'shrink' removes whole channels, not pieces of 'element'"):
+            Recipe.from_yaml(yaml.format(around=around, stage=stage, own=own, end=", finish: shrink"))
+    with pytest.raises(InputError, match=r"^stages\[0\]\.prune\.granularity: 'n_m' fixes the sparsity"):
+        Recipe.from_yaml(yaml.format(around="granularity: 2:4,", stage="", own="", end=""))
 
 
 def test_a_sparsity_belongs_into_a_stage():

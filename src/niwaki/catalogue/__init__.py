@@ -94,8 +94,13 @@ class Method(Strict):
 
     @property
     def takes_sparsity(self) -> bool:
-        """Whether a sparsity can be asked for without a final cut; otherwise the method's strength decides."""
+        """Whether a sparsity can be asked for without a final cut; otherwise its strength decides (``by_strength``), or its stages do."""
         return self.recipe.final_sparsity is not None
+
+    @property
+    def by_strength(self) -> bool:
+        """Whether the method's strength decides how sparse the model gets."""
+        return self.recipe.stages is None and not self.takes_sparsity
 
 
 class _Methods(Mapping[str, Method]):
@@ -140,9 +145,11 @@ def method(name: str, sparsity: float | None = None, cut: bool = False, **fields
         raise InputError(f"unknown method {name!r}; {did_you_mean(name, METHODS)}")
     row = METHODS[name].recipe
     said = {field: value for field, value in ({f: getattr(row, f) for f in row.given} | fields).items() if value is not None}
+    if sparsity is not None and row.stages is not None:
+        raise InputError(f"sparsity: the stages of {name!r} decide it; drop it, or change them (niwaki methods {name} shows the recipe)")
     decides = combinations.decides(cast(Relaxation, build("relaxation", said.get("relaxation", "hard"))))
     if cut and not decides:
-        others = ", ".join(name for name, method in METHODS.items() if not method.takes_sparsity)
+        others = ", ".join(name for name, method in METHODS.items() if method.by_strength)
         raise InputError(f"cut: {name!r} reaches its sparsity without a final cut; choices: {others}")
     if cut and sparsity is None:
         raise InputError("cut: needs the sparsity to cut to")

@@ -14,7 +14,7 @@ from niwaki.relaxation import Relaxation
 from niwaki.schedule import Listed, OneShot, Phases, Ramp
 
 if TYPE_CHECKING:
-    from niwaki.recipe.recipe import Slots
+    from niwaki.recipe.fields import Slots
 
 RANKING = ("saliency", "normalization", "allocation", "schedule", "selection", "growth")
 """Slots that only mean something where pieces are ranked and counted."""

@@ -3,171 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, Self
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import model_validator
 
-from niwaki.clock import Clock, TimeField
+from niwaki.clock import Clock
 from niwaki.component import Component, Missing, describe
 from niwaki.errors import InputError, did_you_mean
 from niwaki.growth import DropAndGrow
 from niwaki.recipe import combinations, text
-from niwaki.recipe import vocabulary as v
-from niwaki.recipe.strict import Strict
-
-RESERVED = ("keep", "fresh")
-"""What ``restore`` can say instead of the name of a snapshot, so no snapshot can be called that."""
+from niwaki.recipe.fields import RESERVED, Prune, Slots, Stage, in_words, settings_in_words
+from niwaki.schedule import OneShot
 
 NOT_WHOLE = ("element", "n_m", "block", "vector", "kernel")
 """Granularities whose pieces cannot be taken out of a dense model."""
 
-
-def _sparsity(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"sparsity: must be a number in [0, 1), got {value!r}")
-    number = float(value)
-    if not 0.0 <= number < 1.0:
-        hint = f"; a fraction, not per cent: {number / 100:g}" if 2.0 <= number < 100.0 else ""
-        raise InputError(f"sparsity: must be in [0, 1), got {value!r}{hint}")
-    return number
-
-
-class Slots(Strict):
-    """The fields that recipes and stages share: the sparsity, and a component for every slot of the vocabulary."""
-
-    must_mask: ClassVar[bool] = True
-    """Whether it has to mask something; a stage may only train."""
-
-    sparsity: Annotated[float | None, BeforeValidator(_sparsity)] = None
-    target: v.TargetField = Field(default_factory=lambda: v.default("target"))  # type: ignore[assignment]
-    granularity: v.GranularityField = Field(default_factory=lambda: v.default("granularity"))  # type: ignore[assignment]
-    saliency: v.SaliencyField = Field(default_factory=lambda: v.default("saliency"))  # type: ignore[assignment]
-    normalization: v.NormalizationField = Field(default_factory=lambda: v.default("normalization"))  # type: ignore[assignment]
-    allocation: v.AllocationField = Field(default_factory=lambda: v.default("allocation"))  # type: ignore[assignment]
-    schedule: v.ScheduleField = Field(default_factory=lambda: v.default("schedule"))  # type: ignore[assignment]
-    selection: v.SelectionField = Field(default_factory=lambda: v.default("selection"))  # type: ignore[assignment]
-    growth: v.GrowthField = Field(default_factory=lambda: v.default("growth"))  # type: ignore[assignment]
-    gradient: v.GradientField = Field(default_factory=lambda: v.default("gradient"))  # type: ignore[assignment]
-    relaxation: v.RelaxationField = Field(default_factory=lambda: v.default("relaxation"))  # type: ignore[assignment]
-    penalty: v.PenaltyField = None
-    compensation: v.CompensationField = None
-    objective: v.ObjectiveField = None
-    memory: v.MemoryField = None
-
-    @property
-    def given(self) -> frozenset[str]:
-        """The fields that were said, rather than left at their defaults."""
-        return frozenset(field for field in self.model_fields_set if getattr(self, field) is not None)
-
-    @property
-    def final_sparsity(self) -> float | None:
-        """The sparsity that masks reach: said, or implied by N:M or by a list of sparsities; None where strength decides."""
-        if self.sparsity is not None:
-            return self.sparsity
-        fixed = combinations.fixed_sparsity(self)
-        return None if fixed is None else fixed[1]
-
-    def to_data(self, *, defaults: bool = False) -> dict[str, Any]:
-        """Return plain data that ``from_data`` takes: what was said, in the order of the vocabulary.
-
-        With ``defaults`` nothing is left to defaults: every slot that has an effect, with all settings of its component. What has
-        stages is always returned as it was said, since stages take from the recipe what they do not say.
-        """
-        if not defaults or getattr(self, "stages", None) is not None:
-            data: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
-            return data
-        sparsity = {} if self.final_sparsity is None else {"sparsity": self.final_sparsity}
-        return sparsity | {slot: component.to_data(defaults=True) for slot, component in self.components()}
-
-    def components(self) -> Iterator[tuple[str, Component]]:
-        """Yield every slot that has an effect, with its component."""
-        unused = set(combinations.RANKING) - self.given if self.final_sparsity is None else set()
-        for slot in v.DEFAULTS:
-            component = getattr(self, slot)
-            if component is not None and slot not in unused:
-                yield slot, component
-
-
-class Restore(Strict):
-    """What goes back to an earlier snapshot: each a snapshot's name, ``keep``, or (the optimizer) ``fresh``."""
-
-    weights: str = "keep"
-    optimizer: str = "keep"
-    learning_rate: str = "keep"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if all(getattr(self, field) == "keep" for field in type(self).model_fields):
-            raise InputError("restores nothing; name a snapshot for weights, optimizer or learning_rate")
-        for field in ("weights", "learning_rate"):
-            if getattr(self, field) == "fresh":
-                raise InputError(f"{field}: 'fresh' is for the optimizer; name a snapshot, or choose keep")
-        return self
-
-    def snapshots(self) -> list[str]:
-        """Return the names of the snapshots that it needs."""
-        return [name for name in (self.weights, self.optimizer, self.learning_rate) if name not in RESERVED]
-
-
-class Prune(Strict):
-    """Masks a fraction of the pieces that are still active, ranked as its own slots say."""
-
-    fraction: Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
-    target: v.TargetField = Field(default_factory=lambda: v.default("target"))  # type: ignore[assignment]
-    granularity: v.GranularityField = Field(default_factory=lambda: v.default("granularity"))  # type: ignore[assignment]
-    saliency: v.SaliencyField = Field(default_factory=lambda: v.default("saliency"))  # type: ignore[assignment]
-    normalization: v.NormalizationField = Field(default_factory=lambda: v.default("normalization"))  # type: ignore[assignment]
-    allocation: v.AllocationField = Field(default_factory=lambda: v.default("allocation"))  # type: ignore[assignment]
-    selection: v.SelectionField = Field(default_factory=lambda: v.default("selection"))  # type: ignore[assignment]
-
-
-class Stage(Slots):
-    """One part of a recipe: it trains (``for``) as its slots say, then prunes, saves, restores and finishes, as far as it says so.
-
-    A stage with ``stages`` runs those, ``repeat`` times. A slot that a stage does not fill is filled by the recipe around it.
-    """
-
-    must_mask = False
-
-    for_: TimeField | None = Field(default=None, alias="for")
-    repeat: Annotated[int, Field(ge=1, strict=True)] = 1
-    stages: tuple[Stage, ...] | None = None
-    prune: Prune | None = None
-    save: Annotated[str, Field(min_length=1)] | None = None
-    restore: Restore | None = None
-    finish: Literal["shrink"] | None = None
-
-    @model_serializer(mode="wrap")
-    def _in_reading_order(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = write(self)
-        return {key: data[key] for key in sorted(data, key=lambda key: key not in ("for", "for_", "repeat"))}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        given = self.given
-        if not given:
-            raise InputError("does nothing; say what it is for, such as {for: 1 run}")
-        if self.for_ is not None and self.for_.value == 0:
-            raise InputError("for: a stage must last longer than nothing")
-        if self.stages == ():
-            raise InputError("stages: needs at least one stage")
-        if self.repeat > 1 and self.stages is None:
-            raise InputError("repeat: needs stages to repeat")
-        if self.stages is not None and given - {"stages", "repeat"}:
-            extra = sorted(field.rstrip("_") for field in given - {"stages", "repeat"})
-            raise InputError(f"{extra[0]}: a stage with stages says only repeat; put {extra[0]} into one of its stages")
-        if self.prune is not None and self.sparsity is not None:
-            raise InputError("prune: masks a fraction of what is left, so it cannot stand beside a sparsity; drop one of them")
-        if self.save in RESERVED:
-            raise InputError(f"save: {self.save!r} cannot name a snapshot, as restore reads it as an instruction")
-        if self.finish is not None and {"granularity", "sparsity"} & given and self.granularity.name in NOT_WHOLE:
-            choices = "granularity input_channel, output_channel"
-            raise InputError(f"finish: 'shrink' removes whole channels, not pieces of {self.granularity.name!r}; choices: {choices}")
-        return self
+TRAINING = ("growth", "gradient", "relaxation", "penalty", "objective", "memory")
+"""Slots that act only while a model trains."""
 
 
 class Recipe(Slots):
@@ -244,11 +97,9 @@ class Recipe(Slots):
 
     @property
     def missing(self) -> list[str]:
-        """What this version cannot run, such as ``saliency 'woodfisher'`` or ``stages``."""
-        found = {str(component): None for _, component in self.components() if isinstance(component, Missing)}
-        if self.stages is not None:
-            found |= {"stages": None} | {name: None for stage in self.stages for name in _missing(stage)}
-        return list(found)
+        """What this version cannot run, such as ``saliency 'woodfisher'``; in stages too."""
+        used = [component for _, component in self.components()] + [c for stage in self.stages or () for c in _components(stage)]
+        return list(dict.fromkeys(str(component) for component in used if isinstance(component, Missing)))
 
     def require_complete(self) -> None:
         """Raise InputError, naming what is missing, when this version cannot run the recipe."""
@@ -263,10 +114,16 @@ class Recipe(Slots):
     def fit(self, clock: Clock) -> list[str]:
         """Check the recipe against the length of a run, and return what the user should know of it.
 
+        Each stage is checked against its own length.
+
         Raises:
-            InputError: a component is missing, a time cannot be resolved, or the schedule ends after the run.
+            InputError: a component is missing, a time cannot be resolved, or a schedule ends after the run.
         """
         self.require_complete()
+        if self.stages is not None:
+            from niwaki.recipe.stages import fit  # which is about recipes, so it comes after this module
+
+            return fit(self, clock)
         self.schedule.validate_with(clock)
         last = self.schedule.last(clock)
         if clock.total_steps is not None and last > clock.total_steps:
@@ -326,11 +183,13 @@ def _check_stages(stages: tuple[Stage, ...], shared: dict[str, Any], saved: set[
         if stage.stages is not None:
             _check_stages(stage.stages, shared, saved, f"{here}.")
             continue
-        own = {field: getattr(stage, field) for field in stage.given}
-        # A stage that masks nothing may leave the slots of the ranking unused.
-        given = own.keys() if stage.prune is None else own.keys() - set(combinations.RANKING)
+        # What a stage says of the ranking may be meant for its prune.
+        given = stage.given if stage.prune is None else stage.given - set(combinations.RANKING)
         try:
-            _raise_first(Stage.model_construct(stage.model_fields_set | shared.keys(), **{**dict(stage), **shared, **own}), given)
+            filled = stage.filled(shared)
+            _raise_first(filled, given)
+            _require_time(filled, given)
+            _require_whole(filled)
         except InputError as error:
             raise InputError(f"{here}.{error}") from None
         if stage.save is not None:
@@ -340,28 +199,39 @@ def _check_stages(stages: tuple[Stage, ...], shared: dict[str, Any], saved: set[
                 raise InputError(f"{here}.restore: no earlier stage saves {name!r}; {did_you_mean(name, {*saved, *RESERVED})}")
 
 
-def _leaves(stage: Stage) -> Iterator[Component]:
+def _require_time(stage: Stage, given: Collection[str]) -> None:
+    """Refuse a stage without a length that says what takes time."""
+    if stage.for_ is not None:
+        return
+    idle = next((slot for slot in TRAINING if slot in given), None)
+    if idle is not None:
+        raise InputError(f"for: missing; {idle} acts while a stage trains, so say how long, such as for: 1 run")
+    at_once = isinstance(stage.schedule, OneShot) and stage.schedule.moment.value == 0
+    if stage.final_sparsity is not None and not at_once:
+        name = combinations.name_of(stage.schedule)
+        raise InputError(f"for: missing; the schedule {name!r} takes time, so say how long, such as for: 1 run, or choose one_shot")
+
+
+def _require_whole(stage: Stage) -> None:
+    """Refuse to take out of a model what a stage masks in pieces that are no channels."""
+    granularity = stage.prune.granularity if stage.prune is not None else stage.granularity
+    masks = stage.prune is not None or stage.final_sparsity is not None
+    if stage.finish is not None and masks and granularity.name in NOT_WHOLE:
+        choices = "granularity input_channel, output_channel"
+        raise InputError(f"finish: 'shrink' removes whole channels, not pieces of {granularity.name!r}; choices: {choices}")
+
+
+def _components(stage: Stage) -> Iterator[Component]:
     yield from (component for _, component in stage.components())
     if stage.prune is not None:
         yield from (getattr(stage.prune, field) for field in Prune.model_fields if field != "fraction")
     for inner in stage.stages or ():
-        yield from _leaves(inner)
-
-
-def _missing(stage: Stage) -> list[str]:
-    return [str(component) for component in _leaves(stage) if isinstance(component, Missing)]
-
-
-def _settings(value: Any) -> str:
-    """Return settings in words: ``every 100 steps, end 0.75 run``."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_settings(inner)}" for key, inner in value.items())
-    return ", ".join(_settings(inner) for inner in value) if isinstance(value, list) else str(value)
+        yield from _components(inner)
 
 
 def _sentence(slot: str, component: Component) -> str:
     data = component.to_data()
-    name, settings = (data, "") if isinstance(data, str) else next((k, f" ({_settings(f)})") for k, f in data.items())
+    name, settings = (data, "") if isinstance(data, str) else next((k, f" ({settings_in_words(f)})") for k, f in data.items())
     purpose = "Not in this version yet." if isinstance(component, Missing) else describe(type(component))
     return f"{slot}: {name}{settings}. {purpose}"
 
@@ -370,7 +240,4 @@ def _describe_stage(stage: Stage, number: str) -> list[str]:
     if stage.stages is not None:
         head = f"stage {number}: {stage.repeat} times the stages within."
         return [head] + [line for i, inner in enumerate(stage.stages, 1) for line in _describe_stage(inner, f"{number}.{i}")]
-    data = stage.to_data()
-    words = [f"train for {data.pop('for')}"] if "for" in data else []
-    words += [f"{field} {_settings(value)}" for field, value in data.items()]
-    return [f"stage {number}: {'; '.join(words)}."]
+    return [f"stage {number}: {in_words(stage)}."]

@@ -16,6 +16,7 @@ from niwaki.gradient import GradientPolicy
 from niwaki.granularity import Granularity
 from niwaki.growth import Growth
 from niwaki.normalization import Normalization
+from niwaki.objective import Objective
 from niwaki.penalty import Penalty
 from niwaki.relaxation import Relaxation
 from niwaki.saliency import Saliency
@@ -86,5 +87,5 @@ GradientField = Annotated[GradientPolicy, _read("gradient"), _data]
 RelaxationField = Annotated[Relaxation, _read("relaxation"), _data]
 PenaltyField = Annotated[Penalty | None, _read_optional("penalty"), _data]
 CompensationField = Annotated[Component | None, _read_optional("compensation"), _data]
-ObjectiveField = Annotated[Component | None, _read_optional("objective"), _data]
+ObjectiveField = Annotated[Objective | None, _read_optional("objective"), _data]
 MemoryField = Annotated[Component | None, _read_optional("memory"), _data]
