@@ -307,3 +307,18 @@ def test_a_model_on_a_gpu(tmp_path: Path) -> None:
     save(model, tmp_path / "file", masks=masks)
     assert load(tmp_path / "file", other).masks == masks
     assert all(torch.equal(a, b) and b.is_cuda for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_batch_counters_may_be_missing_and_nothing_else(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    model(torch.ones(2, 1, 5, 5))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
+    fresh = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    load(tmp_path / "plain.safetensors", fresh)
+    assert torch.equal(fresh[1].running_mean, model[1].running_mean)
+    assert fresh[1].num_batches_tracked == 0
+    del state["1.running_var"]
+    safetensors.torch.save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(InputError, match=r"'1\.running_var' of the model is not in the file"):
+        load(tmp_path / "less.safetensors", fresh)

@@ -258,6 +258,10 @@ def _load_entry(file: Reader, name: str, entry: Entry) -> tuple[Tensor, Tensor |
     return bitmap.decode(parts["positions"], parts["values"], entry.shape, f"{file.path}: {name!r}")
 
 
+OPTIONAL = "num_batches_tracked"
+"""How the names of the batch counters of normalization layers end: files of other makers may lack them, and they then stay as they are."""
+
+
 def _load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: FilePath) -> None:
     """Load tensors into a model, after checking that all of them fit."""
     own = _named_tensors(model.state_dict(), f"{path}: cannot be loaded into this model")
@@ -273,6 +277,8 @@ def _load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: FilePath) 
                 raise InputError(f"{path}: {first!r} and {name!r} are one tied tensor in the model, but differ in the file")
     for name, (key, tensor) in own.items():
         source = name if name in tensors else by_memory.get(_memory(tensor))
+        if source is None and name.endswith(OPTIONAL):
+            continue
         if source is None:
             raise InputError(f"{path}: {name!r} of the model is not in the file; {nearest(name, tensors)}")
         value = tensors[source]
@@ -280,4 +286,5 @@ def _load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: FilePath) 
             have, want = (f"{t.dtype} of shape {list(t.shape)}" for t in (value, tensor))
             raise InputError(f"{path}: {name!r} is {have} in the file and {want} in the model")
         values[key] = distribute(value, tensor) if is_sharded(tensor) else value
-    model.load_state_dict(values)
+    left = {key: tensor for key, tensor in model.state_dict().items() if key not in values and key.endswith(OPTIONAL)}
+    model.load_state_dict({**values, **left})
