@@ -36,7 +36,16 @@ def show(value: float | None, unit: str) -> str:
         return f"{value:.1f} s"
     if unit == "milliseconds":
         return f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return plain(value)
+
+
+def plain(value: float, sign: str = "") -> str:
+    """Return a number without a unit: four decimals when it is small, fewer when it is large; ``sign="+"`` writes a plus too.
+
+    >>> plain(0.21983), plain(41.01), plain(12415.3), plain(0.5, "+")
+    ('0.2198', '41.0', '12,415', '+0.5000')
+    """
+    return f"{value:{sign},.{4 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
 def scaled(value: float) -> str:
