@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 	rm -rf $(DEMO)
 	for model in mlp convnet; do for method in gmp rigl; do \
 	  $(BIN)/niwaki run $$method --task digits --model $$model --sparsity 0.9 --out $(DEMO)/$$model-$$method || exit 1; done; done
-	$(BIN)/niwaki compare $(DEMO)/*
+	$(BIN)/niwaki compare $(DEMO)/* --report $(DEMO)/comparison.html
 
 # One thread a process: the tests run in several processes, and torch's own threads would only get into each other's way.
 test: lint docs
@@ -30,7 +30,7 @@ clean:
 	rm -rf .venv build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 .venv/demo.stamp: EXTRAS := demo
-.venv/develop.stamp: EXTRAS := demo,test,docs
+.venv/develop.stamp: EXTRAS := demo,hf,test,docs
 
 # A stamp stands for "these extras are installed"; it is older than pyproject.toml or constraints.txt when they must be installed anew.
 .venv/%.stamp: pyproject.toml constraints.txt

@@ -2,16 +2,18 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
+from cli.driving import TASK
 
 from niwaki.catalogue import METHODS
 from niwaki.cli import main, niwaki
 from niwaki.errors import NiwakiError
 from niwaki.training import read
 
-QUICK = ("--task", "digits", "--epochs", "2")
+QUICK = ("--task", "digits", "--epochs", "1")
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()):
@@ -26,6 +28,17 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+def files(folder: Path) -> dict[str, int]:
+    """Return when each file below a folder was written."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("path", [path for path, _ in commands(niwaki)], ids=" ".join)
 def test_every_command_has_json_and_an_example(path, niwaki_command):
     outcome = niwaki_command(*path, "--help")
@@ -37,27 +50,46 @@ def test_every_command_has_json_and_an_example(path, niwaki_command):
 def test_without_a_command_there_is_help(niwaki_command):
     outcome = niwaki_command()
     assert outcome.code == 0
-    assert all(name in outcome.out for name in ("run", "compare", "methods", "bench"))
+    assert all(name in outcome.out for name in ("run", "prune", "compare", "methods", "bench"))
     assert niwaki_command("--help").out == outcome.out
+
+
+# -- run -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_shown_stored_and_shown_again(niwaki_command, tmp_path):
     arguments = ("run", "gmp", *QUICK, "--sparsity", "0.8", "--out", tmp_path / "run")
     first = niwaki_command(*arguments)
     assert (first.code, first.err) == (0, "")
+    assert set(files(tmp_path / "run")) == {"run.json", "model.safetensors", "report.html"}
     record = read(tmp_path / "run")
-    for measure in record.results.measures:
-        assert measure.name in first.out
-        assert measure.definition in words(first.out)
-    assert "80.00 %" in first.out
     accuracy = record.measure("accuracy")
-    assert f"{100 * accuracy.dense:.2f} %" in first.out
-    assert f"{100 * accuracy.sparse:.2f} %" in first.out
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    for shown in ("80.00 %", f"{100 * accuracy.dense:.2f} %", f"{100 * accuracy.sparse:.2f} %", "forward FLOPs", "file size"):
+        assert shown in first.out
+    before = files(tmp_path)
     again = niwaki_command(*arguments)
     assert again.code == 0
     assert "nothing was computed again" in again.out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+    assert files(tmp_path) == before
+    (tmp_path / "run" / "report.html").unlink()
+    niwaki_command(*arguments)
+    assert files(tmp_path).keys() == before.keys()
+
+
+def test_all_numbers_and_their_definitions_are_shown_on_request(niwaki_command, tmp_path):
+    arguments = ("run", "gmp", *QUICK, "--sparsity", "0.8", "--out", tmp_path / "run")
+    brief = niwaki_command(*arguments)
+    full = words(niwaki_command(*arguments, "--definitions").out)
+    results = read(tmp_path / "run").results
+    starts = [line.split("  ")[0] for line in brief.out.splitlines()]
+    hidden = [measure for measure in results.measures if measure.name not in starts]
+    assert f"{len(hidden)} more numbers" in brief.out
+    for measure in results.measures:
+        assert measure.name in full
+        assert measure.definition in full
+    for row in results.storage:
+        assert row.format in full
+        assert row.definition in full
 
 
 def test_json_of_a_run_is_its_record(niwaki_command, tmp_path):
@@ -66,7 +98,70 @@ def test_json_of_a_run_is_its_record(niwaki_command, tmp_path):
     printed = json.loads(outcome.out)
     assert printed.pop("folder") == str(tmp_path / "run")
     assert printed == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert printed["schema"] == "niwaki.run/2"
     assert printed["choices"]["model"] == "convnet"
+
+
+def test_without_out_the_folder_is_named_by_what_determines_the_run(niwaki_command, in_folder):
+    niwaki_command("run", "gmp", *QUICK)
+    niwaki_command("run", "gmp", *QUICK, "--seed", "1")
+    before = files(in_folder)
+    assert "nothing was computed again" in niwaki_command("run", "gmp", *QUICK).out
+    assert files(in_folder) == before
+    found = [folder for folder in (in_folder / "runs").iterdir() if folder.name != ".baselines"]
+    assert {folder.name for folder in found} == {f"digits-mlp-gmp-{read(folder).identity[:10]}" for folder in found}
+    assert sorted(read(folder).choices.seed for folder in found) == [0, 1]
+
+
+def test_the_dense_baseline_is_trained_once_and_kept_beside_the_runs(niwaki_command, tmp_path):
+    niwaki_command("run", "gmp", *QUICK, "--out", tmp_path / "runs" / "gmp")
+    [folder] = (tmp_path / "runs" / ".baselines").iterdir()
+    before = files(folder)
+    assert set(before) == {"baseline.json", "model.safetensors"}
+    niwaki_command("run", "rigl", *QUICK, "--out", tmp_path / "runs" / "rigl")
+    assert list((tmp_path / "runs" / ".baselines").iterdir()) == [folder]
+    assert files(folder) == before
+    dense = [read(tmp_path / "runs" / name).measure("accuracy").dense for name in ("gmp", "rigl")]
+    assert dense[0] == dense[1]
+    niwaki_command("run", "rigl", *QUICK, "--out", tmp_path / "elsewhere", "--baselines", tmp_path / "runs" / ".baselines")
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "elsewhere"}
+    assert files(folder) == before
+
+
+def test_several_seeds_are_run_and_summed_up(niwaki_command, tmp_path):
+    arguments = ("run", "gmp", *QUICK, "--seed", "5", "--seeds", "3", "--sparsity", "0.8", "--out", tmp_path)
+    outcome = niwaki_command(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    records = [read(tmp_path / f"seed-{seed}") for seed in (5, 6, 7)]
+    assert [record.choices.seed for record in records] == [5, 6, 7]
+    assert "seeds 5, 6, 7" in outcome.out
+    values = [record.measure("accuracy").sparse for record in records]
+    mean = sum(values) / 3
+    deviation = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+    assert f"{100 * mean:.2f} ± {100 * deviation:.2f} %" in outcome.out
+    printed = json.loads(niwaki_command(*arguments, "--json").out)
+    assert [run["identity"] for run in printed] == [record.identity for record in records]
+
+
+def test_settings_reach_the_training(niwaki_command, tmp_path):
+    settings = {"precision": "bfloat16", "ema": 0.9, "accumulate": 2, "clip_norm": 1.5, "optimizer": "adamw", "threads": None}
+    given = [word for key, value in settings.items() for word in ("--set", f"{key}={'none' if value is None else value}")]
+    outcome = niwaki_command("run", "gmp", *QUICK, *given, "--set", "learning_rate=1e-3", "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    training = read(tmp_path / "run").choices.training.model_dump()
+    assert {key: training[key] for key in settings} == settings
+    assert (training["learning_rate"], training["epochs"]) == (0.001, 1)
+
+
+def test_trainings_that_start_from_a_file(niwaki_command, tmp_path):
+    niwaki_command("run", "gmp", *QUICK, "--out", tmp_path / "first")
+    [trained] = tmp_path.glob(".baselines/*/model.safetensors")
+    outcome = niwaki_command("run", "rigl", *QUICK, "--from", trained, "--out", tmp_path / "second")
+    assert (outcome.code, outcome.err) == (0, "")
+    first, second = read(tmp_path / "first"), read(tmp_path / "second")
+    assert second.results.start_metrics["accuracy"] == first.measure("accuracy").dense
+    assert second.choices.start.file == "model.safetensors"
+    assert "from model.safetensors" in outcome.out
 
 
 def test_a_recipe_file_with_another_sparsity(niwaki_command, tmp_path):
@@ -84,32 +179,106 @@ def test_a_final_cut_where_strength_decides(niwaki_command, tmp_path):
     assert read(tmp_path / "run").measure("sparsity of the targets").sparse == 0.9
 
 
-def test_a_dry_run_shows_the_plan_and_writes_nothing(niwaki_command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_dry_run_shows_the_plan_and_writes_nothing(niwaki_command, in_folder):
     outcome = niwaki_command("run", "gmp", *QUICK, "--sparsity", "0.9", "--dry-run")
     assert (outcome.code, outcome.err) == (0, "")
     for part in ("1.weight", "19,200", "1,920", "3.weight", "30,000", "3,000", "90.00 %", "last layer", "5.weight"):
         assert part in outcome.out
     data = json.loads(niwaki_command("run", "gmp", *QUICK, "--sparsity", "0.9", "--dry-run", "--json").out)
-    assert {row["name"]: row["keep"] for row in data["tensors"]} == {"1.weight": 1920, "3.weight": 3000}
-    assert list(tmp_path.iterdir()) == []
+    [stage] = data["stages"]
+    assert {row["name"]: row["keep"] for row in stage["tensors"]} == {"1.weight": 1920, "3.weight": 3000}
+    assert list(in_folder.iterdir()) == []
 
 
-def test_compare_puts_runs_of_one_baseline_side_by_side(niwaki_command, tmp_path):
+def test_a_dry_run_shows_every_stage(niwaki_command, in_folder):
+    (in_folder / "staged.yaml").write_text(
+        "stages:\n- {for: 1 epochs}\n"
+        "- {for: 1 epochs, sparsity: 0.5, schedule: one_shot}\n- {for: 1 epochs, sparsity: 0.75, schedule: one_shot}\n"
+    )
+    data = json.loads(niwaki_command("run", "staged.yaml", *QUICK, "--dry-run", "--json").out)
+    kept = [(stage["stage"], stage["tensors"][0]["keep"]) for stage in data["stages"]]
+    assert kept == [(2, 9600), (3, 4800)]
+    shown = niwaki_command("run", "staged.yaml", *QUICK, "--dry-run").out
+    assert "9,600" in shown
+    assert "4,800" in shown
+
+
+# -- prune -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(niwaki_command, tmp_path) -> Path:
+    """A file with a trained dense model."""
+    niwaki_command("run", "gmp", *QUICK, "--out", tmp_path / "trained" / "run")
+    [path] = tmp_path.glob("trained/.baselines/*/model.safetensors")
+    return path
+
+
+def test_a_trained_model_is_pruned_at_once(niwaki_command, trained, tmp_path):
+    given = ("prune", "magnitude", "--task", "digits", "--from", trained, "--sparsity", "0.75")
+    outcome = niwaki_command(*given, "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "not fine-tuned" in outcome.out
+    record = read(tmp_path / "run")
+    assert record.choices.kind == "prune"
+    assert record.measure("accuracy").dense == read(tmp_path / "trained" / "run").measure("accuracy").dense
+    assert record.measure("sparsity of the targets").sparse == 0.75
+    assert record.measure("training FLOPs").dense is None
+    assert not (tmp_path / ".baselines").exists()
+
+
+def test_pruning_in_rounds_with_fine_tuning(niwaki_command, trained, tmp_path):
+    given = ("prune", "gmp", "--task", "digits", "--from", trained, "--sparsity", "0.75", "--epochs", "4", "--rounds", "3")
+    outcome = niwaki_command(*given, "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "fine-tuned for 4 epochs" in outcome.out
+    by_epoch = [epoch.sparsity for epoch in read(tmp_path / "run").results.sparse_history]
+    assert len(set(by_epoch)) >= 3
+    assert by_epoch == sorted(by_epoch)
+    assert by_epoch[-1] == 0.75
+
+
+# -- compare ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_compare_has_a_row_for_each_setting_and_a_table_for_each_baseline(niwaki_command, tmp_path):
     for method in ("gmp", "static_erk"):
         niwaki_command("run", method, *QUICK, "--out", tmp_path / method)
-    niwaki_command("run", "gmp", *QUICK, "--seed", "1", "--out", tmp_path / "other")
-    folders = [tmp_path / name for name in ("gmp", "static_erk", "other")]
+    niwaki_command("run", "gmp", *QUICK, "--seed", "1", "--out", tmp_path / "seed")
+    niwaki_command("run", "gmp", *QUICK, "--model", "convnet", "--out", tmp_path / "other")
+    folders = [tmp_path / name for name in ("gmp", "static_erk", "seed", "other")]
     outcome = niwaki_command("compare", *folders)
-    assert outcome.code == 0
-    headers = [line.split() for line in outcome.out.splitlines() if line.split()[:1] == ["dense"]]
-    assert headers == [["dense", "gmp", "static_erk"], ["dense", "gmp"]]
-    row = next(line for line in outcome.out.splitlines() if line.startswith("accuracy"))
-    records = [read(folder) for folder in folders]
-    shown = [records[0].measure("accuracy").dense, *(record.measure("accuracy").sparse for record in records[:2])]
-    assert [part for part in row.split() if part[0].isdigit()] == [f"{100 * value:.2f}" for value in shown]
+    assert (outcome.code, outcome.err) == (0, "")
+    starts = [line.split()[0] for line in outcome.out.splitlines() if line.split()[:1] and "%" in line]
+    assert starts == ["dense", "gmp", "static_erk", "dense", "gmp"]
+    found = {name: read(tmp_path / name).measure("accuracy") for name in ("gmp", "static_erk", "seed", "other")}
+    gmp = (found["gmp"].sparse + found["seed"].sparse) / 2
+    [first, second] = [line.split() for line in outcome.out.splitlines() if line.startswith("gmp")]
+    assert first[1:5] == ["90.00", "%", "2", f"{100 * gmp:.2f}"]
+    assert f"{100 * found['other'].sparse:.2f}" in second
+    assert f"{100 * (found['other'].sparse - found['other'].dense):+.2f}" in second
+    assert "forward FLOPs" in words(niwaki_command("compare", *folders, "--definitions").out)
     printed = json.loads(niwaki_command("compare", *folders, "--json").out)
     assert [run["folder"] for run in printed] == [str(folder) for folder in folders]
+
+
+def test_a_comparison_drops_what_has_no_room_and_says_so(niwaki_command, tmp_path, monkeypatch):
+    niwaki_command("run", "gmp", *QUICK, "--out", tmp_path / "gmp")
+    for width in (60, 80, 100, 200):
+        monkeypatch.setenv("COLUMNS", str(width))
+        out = niwaki_command("compare", tmp_path / "gmp").out
+        assert max(map(len, out.splitlines())) <= width
+        [row] = [line for line in out.splitlines() if line.startswith("gmp")]
+        assert f"{100 * read(tmp_path / 'gmp').measure('accuracy').sparse:.2f} %" in row
+        assert ("left out for lack of room" in out) == (width < 200)
+
+
+def test_compare_writes_a_report(niwaki_command, tmp_path):
+    niwaki_command("run", "gmp", *QUICK, "--out", tmp_path / "gmp")
+    outcome = niwaki_command("compare", tmp_path / "gmp", "--report", tmp_path / "page.html")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert str(tmp_path / "page.html") in outcome.out
+    assert (tmp_path / "page.html").read_text().lower().startswith("<!doctype html>")
 
 
 def test_an_unfinished_run_is_not_compared(niwaki_command, tmp_path):
@@ -120,6 +289,9 @@ def test_an_unfinished_run_is_not_compared(niwaki_command, tmp_path):
     outcome = niwaki_command("compare", tmp_path / "run")
     assert outcome.code == 2
     assert "has not finished" in outcome.err
+
+
+# -- methods and benchmarks ------------------------------------------------------------------------------------------------------
 
 
 def test_methods_lists_the_catalogue(niwaki_command):
@@ -193,25 +365,43 @@ ROWS = {
 }
 
 
-def test_what_runs_and_fails_exits_1_in_one_line(niwaki_command, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise NiwakiError("training: the loss became nan\nin epoch 3")
+# -- failures --------------------------------------------------------------------------------------------------------------------
 
-    monkeypatch.setattr("niwaki.training.jobs.fit", fail)
-    outcome = niwaki_command("run", "gmp", *QUICK, "--out", tmp_path / "run")
-    assert outcome == (1, "", "niwaki: error: training: the loss became nan in epoch 3\n")
-    assert list(tmp_path.iterdir()) == []
+
+def test_what_runs_and_fails_exits_1_and_keeps_its_folder(niwaki_command, tmp_path):
+    out = tmp_path / "runs" / "run"
+    outcome = niwaki_command("run", "gmp", *QUICK, "--set", "learning_rate=1e30", "--out", out)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("niwaki: error: dense training stopped at step ")
+    assert "the loss became " in outcome.err
+    assert "there is no checkpoint yet" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert read(out).results is None
+    assert set(files(out)) == {"run.json"}
+    assert niwaki_command("compare", out).code == 2
+
+
+def test_a_failure_says_which_checkpoint_there_is(niwaki_command, tmp_path):
+    given = ("--epochs", "9", "--set", "learning_rate=1e20", "--set", "warmup=0.99", "--set", "momentum=0", "--checkpoint-every", "0")
+    outcome = niwaki_command("run", "gmp", "--task", "digits", *given, "--out", tmp_path / "run")
+    assert (outcome.code, outcome.out) == (1, "")
+    [checkpoint] = tmp_path.glob(".baselines/*/checkpoint.safetensors")
+    assert f"is intact in {checkpoint}" in outcome.err
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device", "x/y"), "x/y: No space left on device")],
+    [
+        (NiwakiError("it failed\nin epoch 3"), "it failed in epoch 3"),
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(28, "No space left on device", "x/y"), "x/y: No space left on device"),
+    ],
 )
-def test_interruptions_exit_1_in_one_line(error, said, niwaki_command, tmp_path, monkeypatch):
+def test_failures_exit_1_in_one_line(error, said, niwaki_command, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("niwaki.training.jobs.fit", fail)
+    monkeypatch.setattr("niwaki.training.jobs.run", fail)
     outcome = niwaki_command("run", "gmp", *QUICK, "--out", tmp_path / "run")
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.strip() == f"niwaki: error: {said}"  # click ends the line that shows ^C
@@ -222,9 +412,24 @@ def test_a_defect_is_not_hidden(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("niwaki.training.jobs.fit", fail)
+    monkeypatch.setattr("niwaki.training.jobs.run", fail)
     with pytest.raises(ZeroDivisionError):
         main(["run", "gmp", *QUICK, "--out", str(tmp_path / "run")])
+
+
+def test_a_task_file_that_fails_shows_its_own_traceback_once(niwaki_command, in_folder):
+    (in_folder / "task.py").write_text(TASK + "\n\ndef half(x):\n    return 1 / x\n\n\nhalf(0)\n")
+    outcome = niwaki_command("run", "gmp", "--task", "task.py:task", "--out", "run")
+    assert (outcome.code, outcome.out) == (2, "")
+    *traceback, last = outcome.err.splitlines()
+    assert traceback[0] == "Traceback (most recent call last):"
+    assert traceback[-1] == "ZeroDivisionError: division by zero"
+    assert outcome.err.count("Traceback") == 1
+    frames = [line for line in traceback if line.lstrip().startswith("File ")]
+    assert all("task.py" in line for line in frames)
+    assert [line.split(" in ")[1] for line in frames] == ["<module>", "half"]
+    assert last == "niwaki: error: --task task.py:task: cannot be imported: ZeroDivisionError: division by zero"
+    assert not (in_folder / "run").exists()
 
 
 def test_a_reader_that_goes_away_is_no_defect(tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 import os
 from dataclasses import replace
 from math import prod
@@ -8,48 +9,65 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.data import TensorDataset
+from training import small
+from training.small import ELEMENTS, TARGETS
 
 import niwaki
 from niwaki.errors import InputError, NiwakiError
+from niwaki.tasks import Data, Model, Training
 from niwaki.training import job, read, run
 from niwaki.training import jobs as module
-from niwaki.training.record import SCHEMA, Record, write_atomically
+from niwaki.training.baseline import Sitting
+from niwaki.training.record import SCHEMA, Predictions, Record
+from niwaki.training.trainer import Interrupted
 
-TARGETS = {"0.weight": (24, 6), "3.weight": (16, 24)}
-"""Of the small network: every linear layer but the last."""
 
-
-def make(task, method="gmp", sparsity=0.75, seed=0, epochs=None, **fields):
-    recipe = niwaki.method(method, sparsity=sparsity, **fields)
-    return job(task, recipe, method=method, seed=seed, epochs=epochs)
+def make(task, method="gmp", sparsity=0.75, seed=0, start=None, kind="run", model=None, recipe=None, **training):
+    recipe = recipe or niwaki.method(method, sparsity=sparsity)
+    return job(task, recipe, method=method, seed=seed, start=start, kind=kind, model=model, training=training)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def trained_file(folder, seed=5, epochs=2):
+    """A file with trained weights, and their model."""
+    made = small.trainer(seed=seed, epochs=epochs)
+    made.run()
+    niwaki.save(made.model, folder / "trained.safetensors")
+    return folder / "trained.safetensors", made.model.eval()
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
 def test_a_run_writes_a_record_and_a_model_that_agree(small_task, tmp_path):
     folder = tmp_path / "new" / "run"
     record = run(make(small_task), folder)
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "run.json"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".baselines", "run"]
     assert read(folder) == record
     assert json.loads((folder / "run.json").read_text())["schema"] == SCHEMA
 
-    model = small_task.build("small", 99)
+    data = small_task.data(None)
+    model = small_task.build("small", data, 99)
     loaded = niwaki.load(folder / "model.safetensors", model=model)
     assert {name: tuple(mask.shape) for name, mask in loaded.masks.items()} == TARGETS
-    total = sum(prod(shape) for shape in TARGETS.values())
     active = {name: int(mask.sum()) for name, mask in loaded.masks.items()}
-    assert sum(active.values()) == round((1 - 0.75) * total)
+    assert sum(active.values()) == round((1 - 0.75) * ELEMENTS)
     assert all((dict(model.named_parameters())[name][~mask] == 0).all() for name, mask in loaded.masks.items())
+    assert record.results.masks_hash == loaded.masks.hash()
 
-    inputs, targets = small_task.data().test[torch.arange(90)]
-    right = (model.eval()(inputs).argmax(1) == targets).sum().item()
-    assert record.measure("accuracy").sparse == right / 90
-    assert record.measure("sparsity of the targets").sparse == 1 - sum(active.values()) / total
+    inputs, targets = data.test[torch.arange(90)]
+    said = model.eval()(inputs).argmax(1)
+    assert record.headline == record.measure("accuracy")
+    assert record.measure("accuracy").sparse == (said == targets).sum().item() / 90
+    assert record.measure("sparsity of the targets").sparse == 1 - sum(active.values()) / ELEMENTS
     parameters = sum(p.numel() for p in model.parameters())
-    assert record.measure("sparsity of all parameters").sparse == pytest.approx((total - sum(active.values())) / parameters)
-    assert record.measure("forward FLOPs").dense == 2 * (total + 32)
+    assert record.measure("sparsity of all parameters").sparse == pytest.approx((ELEMENTS - sum(active.values())) / parameters)
+    assert record.measure("forward FLOPs").dense == 2 * (ELEMENTS + 32)
     assert record.measure("forward FLOPs").sparse == 2 * (sum(active.values()) + 32)
     save_file(model.state_dict(), tmp_path / "dense.safetensors")
     stored = folder / "model.safetensors"
@@ -59,6 +77,22 @@ def test_a_run_writes_a_record_and_a_model_that_agree(small_task, tmp_path):
     assert {layer.name: layer.active for layer in record.results.layers if layer.target} == active
     assert all(measure.definition for measure in record.results.measures)
 
+    for number, row in enumerate(record.results.classes):
+        assert (row.name, row.examples) == (("below", "above")[number], int((targets == number).sum()))
+        assert row.sparse_recall == int(((said == number) & (targets == number)).sum()) / row.examples
+    assert Predictions.unpack(record.results.predictions.true).tolist() == targets.tolist()
+    assert Predictions.unpack(record.results.predictions.sparse).tolist() == said.tolist()
+    right = (Predictions.unpack(record.results.predictions.dense) == targets.numpy()).mean()
+    assert record.measure("accuracy").dense == right
+
+
+def test_targets_that_are_no_classes_have_no_predictions(tmp_path):
+    recipe = niwaki.Recipe(sparsity=0.5, target={"weights": {"include": ["weight"]}})
+    record = run(make(small.regression(), recipe=recipe), tmp_path / "run")
+    assert (record.results.classes, record.results.predictions) == ([], None)
+    assert record.headline.name == "error"
+    assert not record.headline.higher_is_better
+
 
 def test_dense_and_sparse_start_alike_and_have_the_same_length(small_task, tmp_path):
     # Without any sparsity the second training is the first one again.
@@ -67,6 +101,7 @@ def test_dense_and_sparse_start_alike_and_have_the_same_length(small_task, tmp_p
     assert dense == sparse
     assert len(dense) == 4
     assert record.measure("accuracy").dense == record.measure("accuracy").sparse > 0.9
+    assert record.measure("training FLOPs").sparse == record.measure("training FLOPs").dense == 1.0
 
 
 def test_the_sparse_history_shows_the_schedule(small_task, tmp_path):
@@ -82,20 +117,111 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_task, 
     sparsity = None if method == "str" else 0.75
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(ord(name))  # the state of the process must not matter
-        run(make(small_task, method, sparsity, seed), tmp_path / name)
+        run(make(small_task, method, sparsity, seed), tmp_path / name, baselines=tmp_path / "baselines" / name)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert files[0] == files[1] != files[2]
     first, second = (read(tmp_path / name) for name in "ab")
-    times = {"training time"}
+    times = {"training time", "latency"}
     assert [m for m in first.results.measures if m.name not in times] == [m for m in second.results.measures if m.name not in times]
     assert first.results.sparse_history == second.results.sparse_history
+    assert first.results.dense_history == second.results.dense_history
+    assert first.results.predictions == second.results.predictions
     assert first.identity == second.identity != read(tmp_path / "c").identity
+
+
+def test_the_teacher_is_the_dense_baseline(small_task, tmp_path, monkeypatch):
+    teachers = []
+    original = module.Job.trainer
+
+    def seen(self, model, recipe=None, teacher=None):
+        teachers.append(teacher)
+        return original(self, model, recipe, teacher)
+
+    monkeypatch.setattr(module.Job, "trainer", seen)
+    recipe = niwaki.Recipe(sparsity=0.5, objective={"distillation": {"weight": 0.9}})
+    run(make(small_task, recipe=recipe, epochs=1), tmp_path / "run")
+    [folder] = (tmp_path / ".baselines").iterdir()
+    stored = small_task.build("small", small_task.data(None), 7)
+    niwaki.load(folder / "model.safetensors", model=stored)
+    teacher = teachers[-1]
+    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in stored.state_dict().items())
+    assert not teacher.training
+
+
+def test_a_smaller_model_is_stored_and_its_record_says_how_to_load_it(small_task, tmp_path):
+    recipe = small.recipe(
+        "stages: [{for: 1 run, sparsity: 0.5, granularity: input_channel, target: {weights: {include: [3.weight]}}, finish: shrink}]"
+    )
+    record = run(make(small_task, recipe=recipe, epochs=1), tmp_path / "run")
+    model = small_task.build("small", small_task.data(None), 99)
+    niwaki.structured.replay(model, record.results.removed)
+    niwaki.load(tmp_path / "run" / "model.safetensors", model=model)
+    assert tuple(model[0].weight.shape) == (12, 6)
+    inputs, targets = small_task.data(None).test[torch.arange(90)]
+    assert record.measure("accuracy").sparse == (model.eval()(inputs).argmax(1) == targets).sum().item() / 90
+    assert (record.measure("parameters").dense, record.measure("parameters").sparse) == (650, 650 - 12 * 9 - 12 * 16)
+
+
+# ---------------------------------------------------------------- trained weights to start from
+
+
+def test_both_trainings_start_from_the_given_weights(small_task, tmp_path):
+    file, model = trained_file(tmp_path)
+    inputs, targets = small_task.data(None).test[torch.arange(90)]
+    expected = (model(inputs).argmax(1) == targets).sum().item() / 90
+    record = run(make(small_task, sparsity=0.0, start=file, epochs=1, learning_rate=1e-9), tmp_path / "run")
+    assert record.results.start_metrics == {"accuracy": expected}
+    assert record.choices.start.file == "trained.safetensors"
+    assert record.choices.start.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    stored = small_task.build("small", small_task.data(None), 0)
+    niwaki.load(tmp_path / "run" / "model.safetensors", model=stored)
+    torch.testing.assert_close(stored[0].weight, model[0].weight, rtol=1e-4, atol=1e-6)
+
+
+def test_pruning_without_training_is_pruning_by_hand(small_task, tmp_path):
+    file, model = trained_file(tmp_path)
+    recipe = niwaki.Recipe(sparsity=0.75, allocation="global")
+    record = run(make(small_task, recipe=recipe, start=file, kind="prune", epochs=0), tmp_path / "run")
+    assert not (tmp_path / ".baselines").exists()
+    magnitudes = torch.cat([model.get_parameter(name).flatten() for name in TARGETS]).abs()
+    kept = magnitudes >= magnitudes.sort(descending=True).values[131]
+    assert kept.sum() == 132
+    inputs, targets = small_task.data(None).test[torch.arange(90)]
+    before = (model(inputs).argmax(1) == targets).sum().item() / 90
+    with torch.no_grad():
+        for name, mask in zip(TARGETS, kept.split([144, 384]), strict=True):
+            model.get_parameter(name).mul_(mask.view(TARGETS[name]))
+    after = (model(inputs).argmax(1) == targets).sum().item() / 90
+    stored = small_task.build("small", small_task.data(None), 9)
+    niwaki.load(tmp_path / "run" / "model.safetensors", model=stored)
+    assert all(torch.equal(stored.state_dict()[name], value) for name, value in model.state_dict().items())
+    results = record.results
+    assert (record.headline.dense, record.headline.sparse) == (before, after)
+    assert (results.start_metrics, results.dense_history, results.sparse_history) == ({"accuracy": before}, [], [])
+    assert [(stage.begin, stage.end, stage.sparsity) for stage in results.stages] == [(0, 0, 0.75)]
+    assert record.measure("training FLOPs").dense is None
+    assert record.measure("training time").dense is None
+
+
+def test_pruning_with_fine_tuning_keeps_the_trained_model_as_the_dense_one(small_task, tmp_path):
+    file, model = trained_file(tmp_path)
+    inputs, targets = small_task.data(None).test[torch.arange(90)]
+    before = (model(inputs).argmax(1) == targets).sum().item() / 90
+    record = run(make(small_task, start=file, kind="prune", epochs=2), tmp_path / "run")
+    assert record.headline.dense == before
+    assert (len(record.results.dense_history), len(record.results.sparse_history)) == (0, 2)
+    assert record.measure("sparsity of the targets").sparse == 0.75
+    assert not (tmp_path / ".baselines").exists()
+
+
+# ---------------------------------------------------------------- doing it again
 
 
 def test_a_finished_run_is_read_again_not_computed(small_task, tmp_path, monkeypatch):
     record = run(make(small_task), tmp_path / "run")
     before = contents(tmp_path)
-    monkeypatch.setattr(module, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "dense", lambda *_, **__: pytest.fail("trained again"))
     assert run(make(small_task), tmp_path / "run") == record
     assert contents(tmp_path) == before
 
@@ -107,6 +233,7 @@ def test_a_finished_run_is_read_again_not_computed(small_task, tmp_path, monkeyp
         ({"sparsity": 0.8}, "recipe.sparsity 0.75 there, 0.8 here"),
         ({"seed": 3}, "seed 0 there, 3 here"),
         ({"epochs": 5}, "training.epochs 4 there, 5 here"),
+        ({"model": "plain"}, "model 'small' there, 'plain' here"),
     ],
 )
 def test_the_folder_of_another_run_is_refused(small_task, tmp_path, change, difference):
@@ -118,12 +245,73 @@ def test_the_folder_of_another_run_is_refused(small_task, tmp_path, change, diff
     assert contents(tmp_path) == before
 
 
+def test_the_folder_of_a_run_from_other_weights_is_refused(small_task, tmp_path):
+    file, _ = trained_file(tmp_path)
+    run(make(small_task, epochs=1), tmp_path / "run")
+    with pytest.raises(InputError, match=r"start None there, .*trained\.safetensors.* here"):
+        run(make(small_task, epochs=1, start=file), tmp_path / "run")
+    run(make(small_task, epochs=1, start=file), tmp_path / "other")
+    with pytest.raises(InputError, match=r"start .*trained\.safetensors.* there, None here"):
+        run(make(small_task, epochs=1), tmp_path / "other")
+
+
 def test_a_changed_model_file_is_noticed(small_task, tmp_path):
     run(make(small_task), tmp_path / "run")
     path = tmp_path / "run" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match="was changed since its run"):
         run(make(small_task), tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [1, 13, 17, 25])
+def test_an_interrupted_run_goes_on_and_ends_the_same(small_task, tmp_path, step):
+    this = make(small_task, "rigl", epochs=2)
+    expected = run(this, tmp_path / "whole" / "run")
+    now = []
+    for phase in ("dense", "sparse"):
+        sitting = Sitting(progress=lambda *heard: now.append(heard[:2]), stop=lambda phase=phase: now[-1] == (phase, step))
+        with pytest.raises(Interrupted, match=f"^{phase} training interrupted at step {step} of 26; .* holds all of it$"):
+            run(this, tmp_path / "run", sitting=sitting)
+    assert read(tmp_path / "run").results is None
+    again = run(this, tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "run" / "model.safetensors").read_bytes()
+    for field in ("sparse_history", "dense_history", "stages", "notes", "predictions", "layers", "storage", "masks_hash"):
+        assert getattr(again.results, field) == getattr(expected.results, field), field
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model.safetensors", "run.json"]
+
+
+def test_what_a_killed_process_left_is_taken_away(small_task, tmp_path):
+    this = make(small_task)
+    expected = run(this, tmp_path / "reference")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    unfinished = Record(identity=this.choices.identity(), choices=this.choices, environment={})
+    (folder / "run.json").write_text(json.dumps(unfinished.model_dump(mode="json", by_alias=True)))
+    (folder / "model.safetensors").write_bytes(b"half")
+    (folder / ".0123456789abcdef.tmp").write_bytes(b"{")
+    assert run(this, folder).results.model == expected.results.model
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "reference" / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "run.json"]
+
+
+def test_two_processes_do_not_write_one_folder(small_task, tmp_path):
+    """A second run of the same command is refused while the first one writes, and takes nothing away."""
+    this, folder = make(small_task), tmp_path / "run"
+    seen = []
+
+    def second(phase, step, total, epoch):
+        if not seen:
+            seen.append(contents(folder))
+            with pytest.raises(InputError, match="being written by another niwaki run"):
+                run(this, folder)  # a lock of an open file, so it holds within this process as well
+            assert contents(folder) == seen[0]
+
+    record = run(this, folder, sitting=Sitting(progress=second))
+    assert seen
+    assert run(this, folder) == record
+
+
+# ---------------------------------------------------------------- folders that cannot take a run
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": "other/7"}', '{"schema": "niwaki.run/1"}'])
@@ -150,51 +338,108 @@ def test_a_file_in_the_way_is_refused_and_kept(small_task, tmp_path):
     assert contents(tmp_path) == {"file": b"x"}
 
 
-@pytest.mark.parametrize("denied", ["access", "mkdir", "write"])
+@pytest.mark.parametrize("denied", ["access", "mkdir"])
 def test_a_folder_that_cannot_be_written_is_refused(small_task, tmp_path, monkeypatch, denied):
     def deny(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     if denied == "access":
         monkeypatch.setattr(os, "access", lambda *_: False)
-    elif denied == "mkdir":
-        monkeypatch.setattr(Path, "mkdir", deny)
     else:
-        monkeypatch.setattr("niwaki.training.folder.write", deny)
+        monkeypatch.setattr(Path, "mkdir", deny)
     with pytest.raises(InputError, match="cannot be written"):
         run(make(small_task), tmp_path / "a" / "run")
     assert list(tmp_path.iterdir()) == []
 
 
+# ---------------------------------------------------------------- input that is wrong
+
+
 def test_a_recipe_that_does_not_fit_the_model_writes_nothing(small_task, tmp_path):
     with pytest.raises(InputError, match=r"0\.weight"):
-        run(make(small_task, sparsity=None, granularity={"n_m": {"n": 1, "m": 4}}), tmp_path / "run")
+        run(make(small_task, recipe=niwaki.Recipe(granularity={"n_m": {"n": 1, "m": 4}})), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("phase", ["dense", "sparse"])
-def test_a_run_that_fails_takes_its_files_away(small_task, tmp_path, phase):
-    def interrupt(now, step, total, epoch):
-        assert (tmp_path / "a" / "run" / "run.json").exists()
-        if now == phase and step == 20:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(make(small_task), tmp_path / "a" / "run", interrupt)
+def test_a_stage_that_does_not_fit_the_run_writes_nothing(small_task, tmp_path):
+    recipe = small.recipe("stages: [{for: 1 epochs}, {for: 1 epochs, sparsity: 0.5, schedule: {cubic: {end: 99 steps}}}]")
+    with pytest.raises(InputError, match=r"stages\[1\]\.schedule\.cubic: it ends at step 99, after the run's 13 steps"):
+        run(make(small_task, recipe=recipe), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_run_is_done_again(small_task, tmp_path):
-    this = make(small_task)
-    expected = run(this, tmp_path / "reference")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    unfinished = Record(identity=this.choices.identity(), choices=this.choices, environment={})
-    (folder / "run.json").write_text(json.dumps(unfinished.model_dump(mode="json", by_alias=True)))
-    (folder / "model.safetensors").write_bytes(b"half")
-    (folder / ".run.json.123.part").write_bytes(b"{")
-    assert run(this, folder).results.model == expected.results.model
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "reference" / "model.safetensors").read_bytes()
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"learning_rat": 1}, r"^--set: unknown field 'learning_rat'; did you mean 'learning_rate'\? choices: accumulate, "),
+        ({"precision": "float8"}, r"^--set: precision: .*float32"),
+        ({"learning_rate": -1}, r"^--set: learning_rate: .*greater than 0, got -1"),
+        ({"epochs": "many"}, r"^--set: epochs: .*integer.*got 'many'"),
+        ({"ema": 1.0}, r"^--set: ema: .*less than 1"),
+        ({"batch_size": 201}, r"^--set: batch_size=201 is more than the 200 training examples of plane; choose at most 200$"),
+        ({"epochs": 0}, r"^--epochs: a run trains for at least 1 epoch; niwaki prune needs none$"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(small_task, settings, said):
+    with pytest.raises(InputError, match=said) as error:
+        make(small_task, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_may_be_text():
+    made = make(small.plane(), epochs="3", learning_rate="0.01", ema=None, clip_norm="1e-1")
+    assert made.training == Training(epochs=3, batch_size=16, learning_rate=0.01, clip_norm=0.1, threads=1)
+
+
+def test_an_unknown_model_is_named(small_task):
+    with pytest.raises(InputError, match=r"^--model: the task 'plane' has no model 'smal'; did you mean 'small'\?"):
+        make(small_task, model="smal")
+
+
+@pytest.mark.parametrize("which", ["training", "test"])
+def test_data_without_examples_is_refused(which):
+    sizes = (0, 90) if which == "training" else (200, 0)
+    data = Data(*(small.examples(size, 0) for size in sizes), classes=("below", "above"))
+    with pytest.raises(InputError, match=f"^--task: plane has no {which} examples$"):
+        make(small.plane(data=lambda folder: data))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.tensor([0, 1, 2]), "labels from 0 to 2, and 2 classes: whole numbers from 0 to 1 are possible"),
+        (torch.tensor([0, -1, 1]), "labels from -1 to 1, and 2 classes"),
+        (torch.tensor([0.0, 1.0, 1.0]), "labels from 0.0 to 1.0, and 2 classes"),
+    ],
+)
+@pytest.mark.parametrize("which", ["training", "test"])
+def test_labels_that_are_no_classes_are_refused(labels, said, which):
+    wrong, right = TensorDataset(torch.zeros(3, 6), labels), small.examples(90, 1)
+    data = Data(*((wrong, right) if which == "training" else (right, wrong)), classes=("below", "above"))
+    with pytest.raises(InputError, match=f"^--task: plane has {which} {said}"):
+        make(small.plane(data=lambda folder: data), batch_size=2)
+
+
+def test_weights_to_start_from_that_cannot_be_had_are_named(small_task, tmp_path):
+    with pytest.raises(InputError, match=r"^--from: .*none\.safetensors is no file; give a \.safetensors file"):
+        make(small_task, start=tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match=r"^--from: missing; give the \.safetensors file of the trained model$"):
+        make(small_task, kind="prune")
+    niwaki.save(torch.nn.Linear(3, 3), tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name, said in (("other", "other.safetensors"), ("text", "text.safetensors: not a valid safetensors file")):
+        with pytest.raises(InputError, match=said) as error:
+            run(make(small_task, start=tmp_path / f"{name}.safetensors"), tmp_path / "run")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_with_parts_to_come_is_refused(small_task):
+    with pytest.raises(InputError, match="this version of Niwaki cannot run yet: saliency 'obd'"):
+        make(small_task, recipe=niwaki.Recipe(sparsity=0.5, saliency="obd"))
+
+
+# ---------------------------------------------------------------- failures, and what is not touched
 
 
 def test_a_model_that_does_not_come_back_the_same_fails_the_run(small_task, tmp_path, monkeypatch):
@@ -203,63 +448,65 @@ def test_a_model_that_does_not_come_back_the_same_fails_the_run(small_task, tmp_
         state["5.bias"] += torch.tensor([100.0, 0.0])
         niwaki.save(state, path, masks=masks)
 
-    monkeypatch.setattr(module, "save", save_other)
+    monkeypatch.setattr("niwaki.training.results.save", save_other)
     with pytest.raises(NiwakiError, match="the reloaded model differs"):
         run(make(small_task), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
+    assert read(tmp_path / "run").results is None
 
 
-def test_the_plan_changes_and_writes_nothing(small_task, tmp_path, monkeypatch):
+def test_an_error_of_the_users_code_comes_through(small_task, tmp_path):
+    class Broken(torch.nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("mine")
+
+    task = replace(small_task, models={"broken": Model(lambda data: Broken(6, 2), Training(epochs=1, batch_size=16))})
+    with pytest.raises(RuntimeError, match="mine"):
+        run(make(task, recipe=niwaki.Recipe(sparsity=0.5, target={"weights": {"include": ["weight"]}})), tmp_path / "run")
+
+
+def test_the_plans_change_and_write_nothing(small_task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    this = make(small_task)
+    this = make(small_task, recipe=small.recipe("stages: [{for: 1 epochs, sparsity: 0.5}, {for: 1 epochs}, {sparsity: 0.75}]"))
     weights = this.build().state_dict()
-    plan = this.plan()
-    assert {row.name: row.pieces for row in plan.tensors} == {name: prod(shape) for name, shape in TARGETS.items()}
+    plans = this.plans()
+    assert [leaf.number for leaf, _ in plans] == [1, 3]
+    for _, plan in plans:
+        assert {row.name: row.pieces for row in plan.tensors} == {name: prod(shape) for name, shape in TARGETS.items()}
     assert all(torch.equal(value, weights[name]) for name, value in this.build().state_dict().items())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_number_of_threads_is_given_back(small_task, tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_number_of_threads_is_given_back(small_task, tmp_path, fails):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        run(make(small_task, epochs=1), tmp_path / "run")
+        if fails:
+            with pytest.raises(Interrupted):
+                run(make(small_task, epochs=1), tmp_path / "run", sitting=Sitting(stop=lambda: True))
+        else:
+            run(make(small_task, epochs=1), tmp_path / "run")
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-def test_the_name_of_a_method_does_not_decide_a_run(small_task):
-    this = make(small_task)
-    assert replace(this, method="my copy of it").choices.identity() == this.choices.identity()
-    assert replace(this, seed=1).choices.identity() != this.choices.identity()
+def test_the_name_of_a_method_does_not_decide_a_run(small_task, tmp_path):
+    this = make(small_task, epochs=1)
+    record = run(this, tmp_path / "run")
+    renamed = job(small_task, niwaki.method("gmp", sparsity=0.75), method="my-copy.yaml", training={"epochs": 1})
+    assert renamed.choices.identity() == this.choices.identity()
+    assert run(renamed, tmp_path / "run") == record
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
-    write_atomically(path, b"old")
-
-    def fail(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
-    assert contents(tmp_path) == {"run.json": b"old"}
-
-
-def test_two_processes_do_not_write_one_folder(small_task, tmp_path):
-    """A second run of the same command is refused while the first one writes, and takes nothing away."""
-    this, folder = make(small_task), tmp_path / "run"
-    seen = []
-
-    def second(phase, step, total, epoch):
-        if not seen:
-            seen.append(contents(folder))
-            with pytest.raises(InputError, match="being written by another niwaki run"):
-                run(this, folder)  # a lock of an open file, so it holds within this process as well
-            assert contents(folder) == seen[0]
-
-    record = run(this, folder, second)
-    assert seen
-    assert run(this, folder) == record
+def test_wall_times_are_of_all_sittings(small_task, tmp_path):
+    this = make(small_task, epochs=1)
+    for stop_at in (5, 18):
+        taken = iter(range(stop_at))
+        with pytest.raises(Interrupted):
+            run(this, tmp_path / "run", sitting=Sitting(stop=lambda taken=taken: next(taken, None) is None))
+    record = run(this, tmp_path / "run")
+    assert all(
+        math.isfinite(seconds) and seconds > 0
+        for seconds in (record.measure("training time").dense, record.measure("training time").sparse)
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -165,6 +166,25 @@ def method(name: str, sparsity: float | None = None, cut: bool = False, **fields
     elif combinations.fixed_sparsity(Slots(**{field: said[field] for field in ("granularity", "schedule") if field in said})) is not None:
         said.pop("sparsity", None)
     return Recipe(**said)
+
+
+def find(name: str, sparsity: float | None = None, cut: bool = False) -> Recipe:
+    """Return the recipe of a named method, or of a YAML file; the arguments are those of :func:`method`.
+
+    Raises:
+        InputError: there is no such method or file, or the sparsity does not go with its choices.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+        return method(name, sparsity=sparsity, cut=cut)
+    found = Recipe.read(path)
+    if cut and sparsity is None:
+        raise InputError("cut: needs the sparsity to cut to")
+    fields: dict[str, Any] = {field: value for field, value in CUT.items() if cut and field not in found.given}
+    try:
+        return found if sparsity is None else found.replace(sparsity=sparsity, **fields)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 @lru_cache(maxsize=1)

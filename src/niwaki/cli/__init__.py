@@ -8,16 +8,23 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import click
 
 from niwaki.cli.bench import bench
 from niwaki.cli.compare import compare
+from niwaki.cli.inspect import inspect
 from niwaki.cli.methods import methods
 from niwaki.cli.options import Group
+from niwaki.cli.prune import prune
 from niwaki.cli.run import run
+from niwaki.cli.sweep import sweep
 from niwaki.errors import InputError, NiwakiError
+
+PATIENCE = 5.0
+"""Seconds that other processes than the first one wait before they say what went wrong."""
 
 
 def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -42,7 +49,7 @@ def niwaki(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, compare, methods, bench):
+for command in (run, prune, compare, sweep, inspect, methods, bench):
     niwaki.add_command(command)
 
 
@@ -59,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(_usage(error), 2)
     except InputError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2, getattr(error, "details", ""))  # a user's own traceback
     except NiwakiError as error:
         return _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
@@ -81,6 +88,14 @@ def _usage(error: click.ClickException) -> str:
     return message if context is None else f"{message}; see: {context.command_path} --help"
 
 
-def _fail(message: str, code: int) -> int:
-    click.echo(f"niwaki: error: {' '.join(message.split())}", err=True)
+def _fail(message: str, code: int, details: str = "") -> int:
+    """Say in one line what went wrong.
+
+    Of several processes the first one says it at once. The others wait: if it failed too, torchrun ends them before they say the same.
+    """
+    rank = os.environ.get("RANK", "0")
+    who = "niwaki" if rank == "0" else f"niwaki: process {rank}"
+    if rank != "0":
+        time.sleep(PATIENCE)
+    click.echo(f"{details}{who}: error: {' '.join(message.split())}", err=True)
     return code

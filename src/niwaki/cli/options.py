@@ -27,6 +27,8 @@ class Group(click.Group):
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
 
+definitions_option = click.option("--definitions", is_flag=True, help="Show all numbers, and what each of them means.")
+
 
 def print_json(data: Any) -> None:
     """Print plain data as one JSON document."""

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from niwaki.metrics.units import NOTHING, show
+from niwaki.report.groups import ACTIVE, FILE_SIZE, FLOPS, SPARSITY, Family, families
+from niwaki.report.words import change, deviation, difference
+
 if TYPE_CHECKING:
     from niwaki.catalogue import Method
     from niwaki.dry_run import Plan
+    from niwaki.recipe.stages import Leaf
     from niwaki.training.jobs import Job
-    from niwaki.training.record import Measure, Record
+    from niwaki.training.record import Measure, Record, Results
 
 WIDTH_WITHOUT_TERMINAL = 110
+
+DETAILS = frozenset(
+    {
+        "parameters",
+        "weights of the targets",
+        "sparsity of all parameters",
+        "zeros among active weights",
+        "zeros of all parameters",
+        "peak memory of a forward pass",
+        "accuracy density",
+        "parameter efficiency (odds)",
+        "parameter efficiency (bits)",
+    }
+)
+"""Measures that are shown on request."""
+
+FIRST = (FILE_SIZE, FLOPS, ACTIVE, "training FLOPs", "latency")
+"""Measures that a comparison shows before others, for which there may be no room."""
 
 
 def console() -> Console:
@@ -31,95 +56,115 @@ def console() -> Console:
     return out
 
 
-def show(value: float, unit: str) -> str:
-    """Return a value with its unit, for people.
-
-    >>> show(0.98028, "share"), show(202872, "bytes"), show(100400, "FLOPs"), show(50610, "weights")
-    ('98.03 %', '203 kB', '100 k', '50,610')
-    """
-    if unit == "share":
-        return f"{100 * value:.2f} %"
-    if unit == "bytes":
-        return _scaled(value) + "B"
-    if unit == "FLOPs":
-        return _scaled(value).rstrip()
-    if unit == "weights":
-        return f"{value:,.0f}"
-    if unit == "seconds":
-        return f"{value:.1f} s"
-    return f"{value:.4f}"
-
-
-def _scaled(value: float) -> str:
-    """Return three significant digits and a decimal prefix, such as ``1.20 M``.
-
-    >>> _scaled(1203200), _scaled(999.6), _scaled(999600), _scaled(12)
-    ('1.20 M', '1.00 k', '1.00 M', '12 ')
-    """
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        digits = 0 if prefix == "" or value >= 99.95 else 1 if value >= 9.995 else 2
-        if round(value, digits) < 1000 or prefix == "P":
-            return f"{value:.{digits}f} {prefix}"
-        value /= 1000
-    raise AssertionError
-
-
-def change(measure: Measure) -> str:
-    """Say how the sparse model differs from the dense one: in points for shares, as a factor for costs."""
-    if measure.unit == "share" and measure.higher_is_better is not None:
-        return f"{100 * (measure.sparse - measure.dense):+.2f} points"
-    if measure.unit in ("bytes", "FLOPs") and measure.sparse and measure.dense:
-        factor = measure.dense / measure.sparse
-        less, more = ("smaller", "larger") if measure.unit == "bytes" else ("fewer", "more")
-        return f"{factor:.1f}× {less}" if factor >= 1 else f"{1 / factor:.1f}× {more}"
-    return ""
-
-
-def print_run(record: Record, folder: Path, again: bool) -> None:
-    """Print the table of one finished run."""
+def print_run(record: Record, folder: Path, again: bool, definitions: bool) -> None:
+    """Print the main numbers of one finished run; with ``definitions`` all of them, the storage formats, and what each number is."""
     assert record.results is not None
-    table = _table("", "dense", "sparse", "change")
-    for measure in record.results.measures:
+    found = record.results
+    shown = [measure for measure in found.measures if definitions or measure.name not in DETAILS]
+    table = table_of("", "dense", "sparse", "change")
+    for measure in shown:
         row = [show(measure.dense, measure.unit), show(measure.sparse, measure.unit), change(measure)]
-        table.add_row(measure.name, *row, style="bold" if measure is record.results.measures[0] else None)
+        table.add_row(measure.name, *row, style="bold" if measure is found.measures[0] else None)
     out = console()
     out.print(_heading(record.choices.method, _about(record)))
     out.print(table)
-    out.print(_definitions(record.results.measures))
-    for note in record.results.notes:
+    if definitions:
+        out.print(_defined((measure.name, measure.definition) for measure in shown))
+        out.print(_stored(found))
+        out.print(Text("\nAll parameters together: n elements, m of them active, k bits a value.", style="dim"))
+        out.print(_defined((row.format, row.definition) for row in found.storage))
+    else:
+        out.print(Text(f"\n{len(found.measures) - len(shown)} more numbers, and what each means: --definitions", style="dim"))
+    for note in found.notes:
         out.print(Text(f"note: {note}", style="yellow"))
-    files = f"{folder / record.results.model.file} (reloaded: the same numbers) and {folder / 'run.json'}"
-    said = f"This run was finished before: nothing was computed again. Its files are {files}." if again else f"Saved {files}."
-    out.print(Text(said))
+    said = "Finished before, nothing was computed again; in" if again else "Saved in"
+    out.print(Text(f"\n{said} {folder}: run.json, report.html, and {found.model.file}, which was loaded again with the same metrics"))
 
 
-def print_comparison(records: Sequence[tuple[Path, Record]]) -> None:
-    """Print one table for each dense baseline: it, and a column for each run."""
-    groups: dict[str, list[tuple[Path, Record]]] = {}
-    for folder, record in records:
-        choices = record.choices
-        groups.setdefault(f"{choices.task}\n{choices.model}\n{choices.seed}\n{choices.training.model_dump_json()}", []).append(
-            (folder, record)
-        )
+def _stored(found: Results) -> Table:
+    """Return the table of what the sparse model's parameters need in each storage format."""
+    bound = next((row.bits for row in found.storage if row.format == "entropy bound"), None)
+    table = table_of("stored as", "size", "positions", "of the bound")
+    for row in found.storage:
+        share = f"{row.bits / bound:.2f} ×" if bound else NOTHING
+        table.add_row(row.format, show(row.bits / 8, "bytes"), show(row.position_bits / 8, "bytes"), share)
+    return table
+
+
+def print_comparison(runs: Sequence[tuple[str, Record]], definitions: bool) -> None:
+    """Print one table for each dense baseline, whatever its seed: the baseline, and a row for each setting with its mean over seeds."""
     out = console()
-    for members in groups.values():
-        runs = [record.results for _, record in members if record.results is not None]
-        labels = _labels(members)
-        table = _table("", "dense", *(header for label in labels for header in (label, "")))
-        for first in runs[0].measures:
-            found = [next((m for m in run.measures if m.name == first.name), None) for run in runs]
-            style = "bold" if first is runs[0].measures[0] else None
-            table.add_row(first.name, show(first.dense, first.unit), *(cell for measure in found for cell in _cells(measure)), style=style)
-        choices = members[0][1].choices
-        out.print(_heading(f"{choices.task} · {choices.model}", _about(members[0][1], which=False)))
+    for family in families(runs):
+        seeds = sorted({record.choices.seed for _, record in family.runs})
+        first, *others = (m for m in family.measures if m.name not in DETAILS and m.name != SPARSITY)
+        others.sort(key=lambda measure: FIRST.index(measure.name) if measure.name in FIRST else len(FIRST))
+        table, left_out = _fitting(family, first, others, len(seeds) > 1, out)
+        out.print(_heading(family.title, _about(family.first, what=False, seeds=seeds)))
         out.print(table)
-    measures = next(record.results.measures for _, record in records if record.results is not None)
-    out.print(_definitions(measures))
+        notes = [f"left out for lack of room: {', '.join(left_out)}; --json has all"] if left_out else []
+        if len(seeds) > 1:
+            notes.append(f"mean ± standard deviation over seeds; change: of {first.name}, to the dense model of the same seed")
+        for setting in family.settings:
+            if setting.name != setting.runs[0][1].choices.method:  # one of several that differ in other choices
+                notes.append(f"{setting.title}: {', '.join(label for label, _ in setting.runs)}")
+        out.print(Text("\n".join(["", *notes]), style="dim"))
+        if definitions:
+            out.print(_defined((measure.name, measure.definition) for measure in family.measures if measure in (first, *others)))
 
 
-def print_plan(job: Job, plan: Plan) -> None:
-    """Print what a recipe would do: which tensor, how much, when and why, and what is left out and why."""
-    table = _table("tensor", "shape", "pieces", "kept", "sparsity", "why", left=(0, 1, 5))
+def _fitting(family: Family, first: Measure, others: Sequence[Measure], seeds: bool, out: Console) -> tuple[Table, list[str]]:
+    """Return the table with as many of the measures as fit into the console, and the names of the others."""
+    for fit in range(len(others), -1, -1):
+        table = table_of(
+            "method", "sparsity", *(["seeds"] if seeds else []), first.name, "change", *(_folded(m.name) for m in others[:fit])
+        )
+        for setting in family.all:
+            counted = [str(len(setting.runs))] if seeds else []
+            changed = "" if setting is family.dense else difference(setting.changes(first.name), first.unit).removesuffix(" points")
+            cells = [show(setting.mean(measure.name), measure.unit) for measure in others[:fit]]
+            headline = Text(_spread(setting.values(first.name), first.unit), style="bold")
+            table.add_row(setting.name, show(setting.sparsity, "share"), *counted, headline, changed, *cells)
+            if setting is family.dense:
+                table.add_section()
+        if out.measure(table, options=out.options.update(max_width=10_000)).maximum <= out.width:
+            break
+    return table, [measure.name for measure in others[fit:]]
+
+
+def _folded(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, 10))
+
+
+def _spread(values: Sequence[float], unit: str) -> str:
+    """Return mean ± standard deviation, or the value alone when there is but one."""
+    mean, around = show(fmean(values) if values else None, unit), deviation(values)
+    return mean if around is None else f"{mean.removesuffix(' %')} ± {show(around, unit)}"
+
+
+def print_plan(job: Job, plans: Sequence[tuple[Leaf, Plan]]) -> None:
+    """Print what each stage of a recipe would do: which tensor, how much, when and why, and what is left out and why."""
+    out = console()
+    length = f"{job.steps_per_epoch:,} steps an epoch, {job.training.epochs} epochs a run"
+    out.print(_heading(job.choices.method, f"dry run · {job.task.name} · {job.model} · {length}"))
+    for leaf, plan in plans:
+        if len(plans) > 1:
+            out.print(Text(f"\n{leaf.says}\n", style="bold"))
+        out.print(_planned(plan))
+        out.print(Text.assemble("\n", ("masks are updated: ", "bold"), plan.when()))
+        for reason, names in _by_reason((one.name, one.reason) for one in plan.left_out).items():
+            out.print(Text.assemble((f"left dense, {reason}: ", "bold"), ", ".join(names)))
+    words = Table.grid(padding=(0, 2))
+    for line in job.recipe.describe():
+        slot, _, rest = line.partition(": ")
+        words.add_row(Text(slot, style="bold dim"), Text(rest, style="dim"))
+    out.print(Padding(words, (1, 0)))
+    for note in dict.fromkeys(note for _, plan in plans for note in plan.notes):
+        out.print(Text(f"note: {note}", style="yellow"))
+    out.print(Text("Nothing was trained or written."))
+
+
+def _planned(plan: Plan) -> Table:
+    table = table_of("tensor", "shape", "pieces", "kept", "sparsity", "why", left=(0, 1, 5))
     for row in plan.tensors:
         kept = "by score" if row.keep is None else f"{row.keep:,}"
         share = "" if row.sparsity is None else show(row.sparsity, "share")
@@ -131,20 +176,7 @@ def print_plan(job: Job, plan: Plan) -> None:
         table.add_section()
         total = kept_pieces(plan.final_sparsity, pieces)
         table.add_row("all targets", "", f"{pieces:,}", f"{total:,}", show(1 - total / pieces, "share"), "", style="bold")
-    out = console()
-    out.print(_heading(job.method, f"dry run · {job.task.name} · {job.model} · {job.total_steps:,} steps in {job.training.epochs} epochs"))
-    out.print(table)
-    out.print(Text.assemble("\n", ("masks are updated: ", "bold"), plan.when()))
-    for reason, names in _by_reason((one.name, one.reason) for one in plan.left_out).items():
-        out.print(Text.assemble((f"left dense, {reason}: ", "bold"), ", ".join(names)))
-    words = Table.grid(padding=(0, 2))
-    for line in job.recipe.describe():
-        slot, _, rest = line.partition(": ")
-        words.add_row(Text(slot, style="bold dim"), Text(rest, style="dim"))
-    out.print(Padding(words, (1, 0)))
-    for note in plan.notes:
-        out.print(Text(f"note: {note}", style="yellow"))
-    out.print(Text("Nothing was trained or written."))
+    return table
 
 
 def print_methods(methods: Sequence[Method]) -> None:
@@ -152,7 +184,7 @@ def print_methods(methods: Sequence[Method]) -> None:
     out = console()
     columns = [column for column, _ in methods[0].columns if column not in ("what", "regularization") or out.width >= 100]
     shown = ["reg." if column == "regularization" else column for column in columns]
-    table = _table("method", "year", *shown, "fidelity", left=range(9))
+    table = table_of("method", "year", *shown, "fidelity", left=range(9))
     for place in table.columns:
         place.no_wrap = place.header != "budget"
         place.min_width = 6
@@ -171,7 +203,7 @@ def print_methods(methods: Sequence[Method]) -> None:
     out.print(_heading(f"{len(methods)} methods", "with the columns of the survey's method table (Hoefler et al. 2021)"))
     out.print(table)
     out.print(Padding(legend, (1, 0)))
-    strength = [method.name for method in methods if not method.takes_sparsity]
+    strength = [method.name for method in methods if method.by_strength]
     if strength:
         out.print(
             f"The strength of {', '.join(strength)} decides how sparse the model gets: --sparsity needs --cut, a final exact cut, there."
@@ -218,7 +250,8 @@ def print_rows(title: str, about: str, table: Table, notes: Iterable[str] = ()) 
         out.print(Text(note, style="dim"))
 
 
-def _table(*columns: str, left: Iterable[int] = (0,)) -> Table:
+def table_of(*columns: str, left: Iterable[int] = (0,)) -> Table:
+    """Return an empty table in the common dress; columns other than those numbered in ``left`` are aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     aligned = set(left)
     for i, column in enumerate(columns):
@@ -230,31 +263,25 @@ def _heading(title: str, about: str) -> RenderableType:
     return Padding(Text.assemble((title, "bold green"), f"  {about}"), (1, 0, 1, 0))
 
 
-def _about(record: Record, which: bool = True) -> str:
+def _about(record: Record, what: bool = True, seeds: Sequence[int] = ()) -> str:
     choices = record.choices
-    what = f"{choices.task} · {choices.model} · " if which else ""
-    return f"{what}seed {choices.seed} · {choices.training.epochs} epochs dense, and the same sparse"
+    named = f"{choices.task} · {choices.model} · " if what else ""
+    seed = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {choices.seed}"
+    start = "" if choices.start is None else f" · from {choices.start.file}"
+    epochs = f"{choices.training.epochs} epoch{'' if choices.training.epochs == 1 else 's'}"
+    if choices.kind == "prune":
+        tuned = f"fine-tuned for {epochs}" if choices.training.epochs else "not fine-tuned"
+        return f"{named}{seed}{start} · dense: as it is; sparse: {tuned}"
+    return f"{named}{seed}{start} · {epochs} dense, and the same sparse"
 
 
-def _definitions(measures: Iterable[Measure]) -> RenderableType:
+def _defined(names: Iterable[tuple[str, str]]) -> RenderableType:
     lines = Table.grid(padding=(0, 2))
     lines.add_column(no_wrap=True)
     lines.add_column()
-    for measure in measures:
-        lines.add_row(Text(measure.name, style="dim bold"), Text(measure.definition, style="dim"))
-    return Group(Text(), lines, Text())
-
-
-def _cells(measure: Measure | None) -> tuple[Text, Text]:
-    """Return the sparse model's number, and in short how it differs from the dense one's."""
-    if measure is None:
-        return Text("-"), Text()
-    return Text(show(measure.sparse, measure.unit)), Text(change(measure).partition(" ")[0], style="dim")
-
-
-def _labels(members: Sequence[tuple[Path, Record]]) -> list[str]:
-    names = [record.choices.method for _, record in members]
-    return names if len(set(names)) == len(names) else [str(folder) for folder, _ in members]
+    for name, definition in names:
+        lines.add_row(Text(name, style="dim bold"), Text(definition, style="dim"))
+    return Padding(lines, (1, 0))
 
 
 def _by_reason(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -234,14 +234,15 @@ def _load_described(file: Reader, description: Description) -> Loaded:
     tensors: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for name, entry in description.tensors.items():
-        tensors[name], active = _load_entry(file, name, entry)
+        tensors[name], active = load_entry(file, name, entry)
         if entry.masked and active is not None:
             masks[name] = active
     tensors |= {alias: tensors[name] for alias, name in description.tied.items()}
     return Loaded(tensors, Masks(masks))
 
 
-def _load_entry(file: Reader, name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
+def load_entry(file: Reader, name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor of an open file, and its mask if it has one, after checking its components."""
     parts: dict[str, Tensor] = {}
     for part in PARTS[entry.encoding]:
         stored = component(name, entry.encoding, part)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from niwaki.errors import InputError
-from niwaki.training.record import FILE, MODEL_FILE, Choices, Record, read, write
+from niwaki.training.record import FILE, Choices, Record, read, write
+from niwaki.training.trainer import Interrupted
 
 
 def finished_before(folder: Path, choices: Choices) -> Record | None:
@@ -55,43 +58,53 @@ def finished_before(folder: Path, choices: Choices) -> Record | None:
 
 @contextmanager
 def opened(folder: Path, record: Record) -> Iterator[None]:
-    """Make the folder and write the unfinished record into it; when the block fails, take away what it and the block have written.
+    """Make the folder, lock it, and write the unfinished record into it; what a killed process left half-written is taken away.
 
     Raises:
         InputError: the folder or the file in it cannot be written, or another process writes there.
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    with locked(folder, "--out: {folder} is being written by another niwaki run; wait for it, or give another folder"):
+        if finished_before(folder, record.choices) is not None:
+            raise InputError(f"--out: {folder} was finished by another niwaki run meanwhile; run the same again to see its result")
+        if not (folder / FILE).exists():
+            write(record, folder)
+        yield
+
+
+@contextmanager
+def locked(folder: Path, busy: str | None = None, stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Make a folder and keep other processes out of it until the block ends; temporary files of killed writers are deleted.
+
+    Args:
+        folder: is made with its parents.
+        busy: the error when another process has it; None to wait for that process.
+        stop: asked while waiting; when it says so, Interrupted is raised.
+
+    Raises:
+        InputError: it cannot be made, or is busy.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"--out: {folder} cannot be written ({error.strerror}); give a folder that can") from None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--out: {folder} is being written by another niwaki run; wait for it, or give another folder") from None
-        if finished_before(folder, record.choices) is not None:
-            raise InputError(f"--out: {folder} was finished by another niwaki run meanwhile; run the same again to see its result")
-        yield from _written(folder, record, created)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if busy is not None:
+                    raise InputError(busy.format(folder=folder)) from None
+                if stop():
+                    raise Interrupted("interrupted while another process trains the same dense baseline") from None
+                time.sleep(0.2)
+        for path in folder.iterdir():
+            if _is_leftover(path.name):
+                path.unlink(missing_ok=True)
+        yield
     finally:
         os.close(lock)
-
-
-def _written(folder: Path, record: Record, created: list[Path]) -> Iterator[None]:
-    try:
-        try:
-            write(record, folder)
-        except OSError as error:
-            raise InputError(f"--out: {folder} cannot be written ({error.strerror}); give a folder that can") from None
-        yield
-    except BaseException:
-        for name in (FILE, MODEL_FILE):
-            (folder / name).unlink(missing_ok=True)
-        for path in created:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        raise
 
 
 def sha256(path: Path) -> str:
@@ -108,18 +121,19 @@ def _require_writable(existing: Path, folder: Path) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    """Return whether a file is what a killed process left of writing ``run.json``."""
-    return name.startswith(f".{FILE}.") and name.endswith(".part")
+    """Return whether a file is what a killed process left of writing one."""
+    return re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name) is not None
 
 
 def _difference(old: Choices, new: Choices) -> str:
     """Say what one choice differs in, for people."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for field, value in before.items():
-        if isinstance(value, dict):
-            inner = [key for key in [*value, *after[field]] if value.get(key) != after[field].get(key)]
-            if inner:
-                return f"{field}.{inner[0]} {value.get(inner[0])!r} there, {after[field].get(inner[0])!r} here"
-        elif value != after[field]:
-            return f"{field} {value!r} there, {after[field]!r} here"
+        other = after[field]
+        if value == other or (field == "method" and old.recipe == new.recipe):
+            continue
+        if isinstance(value, dict) and isinstance(other, dict):
+            inner = next(key for key in [*value, *other] if value.get(key) != other.get(key))
+            return f"{field}.{inner} {value.get(inner)!r} there, {other.get(inner)!r} here"
+        return f"{field} {value!r} there, {other!r} here"
     return "of another schema"

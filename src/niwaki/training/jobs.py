@@ -2,248 +2,212 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import nn
 
+from niwaki.component import one_line
 from niwaki.dry_run import Plan, plan
-from niwaki.errors import NiwakiError
-from niwaki.formats import load, save
-from niwaki.masks import Masks, sparsity_of
-from niwaki.metrics import flops, sizes
+from niwaki.errors import InputError
+from niwaki.formats import load
 from niwaki.recipe import Recipe
-from niwaki.sparsifier import Sparsifier
+from niwaki.recipe.stages import Leaf
 from niwaki.tasks import Data, Task, Training
+from niwaki.training import processes
+from niwaki.training.baseline import CHECKPOINT_FILE, Sitting, dense, saying_what_is_left, train
 from niwaki.training.environment import environment
 from niwaki.training.folder import finished_before, opened, sha256
-from niwaki.training.loop import batches, evaluate, fit, steps_per_epoch
-from niwaki.training.record import MODEL_FILE, Choices, Epoch, Layer, Measure, Record, Results, Stored, write
-
-STATISTICS_BATCHES = 16
-"""Batches that a recipe gets for statistics before the first step (a SNIP score, say)."""
-
-Progress = Callable[[str, int, int, Epoch | None], None]
-"""Called with ``dense`` or ``sparse``, the steps done, the steps of that training, and the epoch that just ended, if one did."""
+from niwaki.training.loop import steps_per_epoch, targets
+from niwaki.training.record import Choices, Record, Start, read, write
+from niwaki.training.results import results
+from niwaki.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task, a model, a recipe and a seed: all that a run needs, checked."""
+    """A task, a model, a recipe and a seed: all that a run needs, checked.
+
+    Attributes:
+        start: the trained weights to start from, or None.
+        choices: what determines the run, as it is recorded.
+    """
 
     task: Task
     data: Data
     model: str
-    method: str
     recipe: Recipe
     training: Training
     seed: int
-
-    @property
-    def choices(self) -> Choices:
-        """What determines the run, as it is recorded."""
-        return Choices(
-            task=self.task.name,
-            model=self.model,
-            method=self.method,
-            recipe=self.recipe.to_data(defaults=True),
-            seed=self.seed,
-            training=self.training,
-        )
+    start: Path | None
+    choices: Choices
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of an epoch."""
+        """Optimizer steps of an epoch."""
         return steps_per_epoch(self.data, self.training)
 
-    @property
-    def total_steps(self) -> int:
-        """Batches of each of the two trainings."""
-        return self.steps_per_epoch * self.training.epochs
-
-    def plan(self) -> Plan:
-        """Return what the recipe would do, without doing it."""
-        return plan(self.build(), self.recipe, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+    def plans(self) -> list[tuple[Leaf, Plan]]:
+        """Return what every stage that acts would do to the whole model, without doing it."""
+        model = self.build()
+        trainer = self.trainer(model, self.recipe)
+        self.recipe.fit(trainer.clock)  # whose errors name the stage
+        return [
+            (
+                leaf,
+                plan(
+                    model,
+                    leaf.recipe,
+                    total_steps=max(steps, 1),
+                    steps_per_epoch=self.steps_per_epoch,
+                    tokens_per_step=trainer.clock.tokens_per_step,
+                ),
+            )
+            for leaf, steps in zip(trainer.leaves, trainer.lengths, strict=True)
+            if leaf.acts
+        ]
 
     def build(self) -> nn.Module:
-        """Return the model with the initial weights of the seed."""
-        return self.task.build(self.model, self.seed)
+        """Return the model with the initial weights of the seed, or those of ``start``, on the device of this process."""
+        model = self.task.build(self.model, self.data, self.seed)
+        if self.start is not None:
+            load(self.start, model=model)
+        return model.to(processes.local_device())
 
-    def sparsifier(self, model: nn.Module) -> Sparsifier:
-        """Return the sparsifier of this run for a model that :meth:`build` made."""
-        return Sparsifier(
-            model,
-            self.recipe,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            seed=self.seed,
-            data=list(islice(batches(self.data.train, self.training.batch_size, self.seed, epoch=0), STATISTICS_BATCHES)),
-            loss=self.task.loss,
-        )
+    def trainer(self, model: nn.Module, recipe: Recipe | None = None, teacher: nn.Module | None = None) -> Trainer:
+        """Return the trainer of a model that :meth:`build` made."""
+        return Trainer(model, self.task, self.data, self.training, self.seed, recipe, teacher)
 
 
-def job(task: Task, recipe: Recipe, *, method: str, model: str | None = None, seed: int = 0, epochs: int | None = None) -> Job:
+def job(
+    task: Task,
+    recipe: Recipe,
+    *,
+    method: str,
+    data_folder: Path | None = None,
+    model: str | None = None,
+    seed: int = 0,
+    training: Mapping[str, Any] | None = None,
+    start: Path | None = None,
+    kind: Literal["run", "prune"] = "run",
+) -> Job:
     """Bring together what a run needs.
 
     Args:
         task: what to train.
         recipe: how to sparsify.
         method: what people call the recipe.
+        data_folder: where the task's files are.
         model: one of the task's models; by default its first.
         seed: of the initial weights, the order of examples and the sparsifier.
-        epochs: length of each of the two trainings; by default the model's own.
+        training: settings of the training that differ from the model's own.
+        start: a safetensors file with trained weights to start from.
+        kind: ``run`` trains a dense baseline beside the sparse model; for ``prune`` the weights of ``start`` are the baseline.
 
     Raises:
-        InputError: an unknown model, data that cannot be had, or a recipe that this version cannot run.
+        InputError: an unknown model or setting, data that cannot be had, a batch larger than the data, weights that do not fit, or a
+            recipe that this version cannot run.
     """
     recipe.require_complete()
     name, chosen = task.model(model)
-    training = chosen.training if epochs is None else chosen.training.model_copy(update={"epochs": epochs})
-    return Job(task, task.data(), name, method, recipe, training, seed)
+    try:
+        settings = Training.model_validate(chosen.training.model_dump() | dict(training or {}))
+    except ValidationError as error:
+        raise InputError(f"--set: {one_line(error, Training).lstrip('.: ')}") from None
+    if settings.epochs == 0 and kind == "run":
+        raise InputError("--epochs: a run trains for at least 1 epoch; niwaki prune needs none")
+    data = task.data(data_folder)
+    _check_examples(task, data, settings)
+    if start is not None and not start.is_file():
+        raise InputError(f"--from: {start} is no file; give a .safetensors file with the model's trained weights")
+    if kind == "prune" and start is None:
+        raise InputError("--from: missing; give the .safetensors file of the trained model")
+    choices = Choices(
+        kind=kind,
+        task=task.name,
+        task_code=task.code,
+        data=data.fingerprint(),
+        model=name,
+        start=None if start is None else Start(file=start.name, sha256=sha256(start)),
+        method=method,
+        recipe=recipe.to_data(defaults=True),
+        seed=seed,
+        processes=processes.world_size(),
+        training=settings,
+    )
+    return Job(task, data, name, recipe, settings, seed, start, choices)
 
 
-def run(job: Job, folder: Path, progress: Progress | None = None) -> Record:
+def run(job: Job, folder: Path, *, baselines: Path | None = None, sitting: Sitting | None = None) -> Record:
     """Train dense, train sparse, evaluate, save into the folder, and return the record; a finished run is read, not repeated.
 
-    Both trainings start from the same weights and see the same batches. The stored model is loaded into a fresh one again and must
-    have the same metrics.
+    Both trainings start from the same weights and see the same batches. Each can be interrupted at any time, and goes on from its last
+    checkpoint when the run is given again; the result is the same to the bit. The stored model is loaded into a fresh one again
+    and must have the same metrics.
+
+    Args:
+        job: what to run.
+        folder: new, empty, or of this run.
+        baselines: where dense baselines are kept; by default ``.baselines`` beside the folder.
+        sitting: how to train, which does not change the result.
 
     Raises:
         InputError: the recipe does not fit the model, or the folder cannot take the run; nothing has been written then.
-        NiwakiError: the run failed; what it wrote is taken away again.
+        NiwakiError: the run failed; its last checkpoint is kept.
     """
-    choices = job.choices
+    sitting = sitting or Sitting()
+    choices, first = job.choices, processes.rank() == 0
     done = finished_before(folder, choices)
     if done is not None:
         return done
     with threads(job.training.threads), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"niwaki\.")  # the sparsifier's sentences: they are in the record
-        dense, sparse = job.build(), job.build()
-        sparsifier = job.sparsifier(sparse)
+        job.plans()
         record = Record(identity=choices.identity(), choices=choices, environment=environment())
-        with opened(folder, record):
-            record = record.model_copy(update={"results": _train(job, dense, sparse, sparsifier, folder / MODEL_FILE, progress)})
-            write(record, folder)
-    return record
+        with opened(folder, record) if first else nullcontext():
+            processes.wait_for_all()
+            model, baseline = job.build(), None
+            if choices.kind == "run":
+                place = (baselines or folder.absolute().parent / ".baselines") / choices.baseline()[:16]
+                model, baseline = dense(job.build, job.trainer, choices.baseline(), place, sitting)
+            sparse = job.build()
+            trainer = job.trainer(sparse, job.recipe, teacher=model.eval())
+            trained = train(trainer, record.identity, folder, sitting, "sparse")
+            if first:
+                plain = job.task.build(job.model, job.data, job.seed + 1).to(processes.local_device())
+                start = job.build() if job.start is not None else None
+                with saying_what_is_left(folder):
+                    found = results(trainer, trained, model, baseline, plain, start, folder)
+                    write(record.model_copy(update={"results": found}), folder)
+                (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            processes.wait_for_all()
+    return read(folder)
 
 
-def _train(job: Job, dense: nn.Module, sparse: nn.Module, sparsifier: Sparsifier, path: Path, progress: Progress | None) -> Results:
-    def telling(phase: str) -> Callable[[int, int, Epoch | None], None] | None:
-        return None if progress is None else lambda *what: progress(phase, *what)
-
-    arguments = (job.task, job.data, job.training, job.seed)
-    begin = time.perf_counter()
-    dense_history = fit(dense, *arguments, progress=telling("dense"))
-    middle = time.perf_counter()
-    sparse_history = fit(
-        sparse,
-        *arguments,
-        attach=lambda optimizer, scheduler: sparsifier.attach(optimizer, scheduler=scheduler),
-        progress=telling("sparse"),
-    )
-    sparsifier.finalize()
-    seconds = (middle - begin, time.perf_counter() - middle)
-    masks = sparsifier.masks
-    save(sparse, path, masks=masks)
-    found = evaluate(sparse, job.task, job.data.test)
-    _check_stored(job, path, masks, found)
-    example = job.task.example(job.data)
-    return Results(
-        measures=_measures(job, dense, sparse, masks, found, path.stat().st_size, seconds),
-        layers=_layers(sparse, example, masks),
-        dense_history=dense_history,
-        sparse_history=sparse_history,
-        masks_hash=masks.hash(),
-        notes=list(sparsifier.notes),
-        model=Stored(file=path.name, bytes=path.stat().st_size, sha256=sha256(path)),
-    )
-
-
-def _check_stored(job: Job, path: Path, masks: Masks, found: dict[str, float]) -> None:
-    """Load the file into a model with other weights, and require the same masks and metrics."""
-    fresh = job.task.build(job.model, job.seed + 1)
-    loaded = load(path, model=fresh)
-    again = evaluate(fresh, job.task, job.data.test)
-    if loaded.masks != masks or again != found:
-        raise NiwakiError(f"{path}: the reloaded model differs from the trained one: {again} instead of {found}")
-
-
-def _measures(
-    job: Job, dense: nn.Module, sparse: nn.Module, masks: Masks, found: dict[str, float], stored: int, seconds: tuple[float, float]
-) -> list[Measure]:
-    before = evaluate(dense, job.task, job.data.test)
-    count = sparsity_of(sparse, masks)
-    operations = flops.forward_flops(sparse, job.task.example(job.data), masks=masks)
-    rows = [
-        Measure(
-            name=name,
-            unit="share" if metric.percent else "number",
-            definition=f"{metric.definition} ({len(job.data.test):,} test examples)",
-            higher_is_better=metric.higher_is_better,
-            dense=before[name],
-            sparse=found[name],
+def _check_examples(task: Task, data: Data, training: Training) -> None:
+    """Refuse what would only show much later: no examples, batches larger than the data, wrong labels."""
+    for which, examples in (("training", data.train), ("test", data.test)):
+        if len(examples) == 0:
+            raise InputError(f"--task: {task.name} has no {which} examples")
+    if training.batch_size > len(data.train):
+        raise InputError(
+            f"--set: batch_size={training.batch_size} is more than the {len(data.train):,} training examples of {task.name};"
+            f" choose at most {len(data.train)}"
         )
-        for name, metric in job.task.metrics.items()
-    ]
-
-    def add(name: str, unit: str, definition: str, better: bool | None, dense: float, sparse: float) -> None:
-        rows.append(Measure(name=name, unit=unit, definition=definition, higher_is_better=better, dense=dense, sparse=sparse))
-
-    add(
-        "sparsity of the targets",
-        "share",
-        "masked weights / weights of the tensors that the recipe acts on",
-        None,
-        0,
-        count.of_targets,
-    )
-    add("sparsity of all parameters", "share", "masked weights / elements of all parameters", None, 0, count.of_parameters)
-    add(
-        "active parameters",
-        "weights",
-        "elements of all parameters that are not masked",
-        None,
-        count.parameters,
-        count.parameters - count.masked,
-    )
-    add(
-        "zeros among active weights",
-        "weights",
-        "weights of the targets that are zero and not masked",
-        None,
-        _zeros(dense, masks),
-        count.active_zeros,
-    )
-    add("file size", "bytes", "dense: a plain safetensors file; sparse: model.safetensors", False, sizes.dense_bytes(dense), stored)
-    add("forward FLOPs", "FLOPs", flops.DEFINITION, False, operations.dense, operations.sparse)
-    add("training time", "seconds", "wall time of the training with an evaluation after each epoch; varies", False, *seconds)
-    return rows
-
-
-def _zeros(dense: nn.Module, masks: Masks) -> int:
-    everything = Masks({name: torch.ones_like(mask) for name, mask in masks.items()})
-    return sparsity_of(dense, everything).active_zeros
-
-
-def _layers(sparse: nn.Module, example: tuple[Tensor, ...], masks: Masks) -> list[Layer]:
-    counted = flops.forward_flops(sparse, example, masks=masks).layers
-    return [
-        Layer(
-            name=one.name,
-            target=one.name in masks,
-            elements=one.elements,
-            active=one.active,
-            dense_flops=one.dense,
-            sparse_flops=one.sparse,
-        )
-        for one in counted
-    ]
+    if data.classes:
+        for which, examples in (("training", data.train), ("test", data.test)):
+            labels = targets(examples)
+            if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= len(data.classes):
+                raise InputError(
+                    f"--task: {task.name} has {which} labels from {labels.min().item()} to {labels.max().item()}, and {len(data.classes)}"
+                    f" classes: whole numbers from 0 to {len(data.classes) - 1} are possible"
+                )
 
 
 @contextmanager

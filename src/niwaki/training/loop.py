@@ -1,40 +1,21 @@
-"""The training loop behind the command line: plain torch, the same for dense and sparse models."""
+"""The parts of a training step that are plain torch: batches, optimizer, learning rate, evaluation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
+from niwaki.calibration import forward
 from niwaki.counter import key
 from niwaki.errors import NiwakiError
-from niwaki.tasks import Data, Examples, Task, Training
-from niwaki.training.record import Epoch
+from niwaki.tasks import Data, Examples, Inputs, Task, Training
 
 EVALUATION_BATCH = 512
-
-
-class Sparsifying(Protocol):
-    """What the loop asks of a sparsifier."""
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the targets' weights that is masked now."""
-        ...
-
-    def evaluating(self) -> AbstractContextManager[object]:
-        """Return a block inside which the model has the weights to evaluate with."""
-        ...
-
-
-Attach = Callable[[torch.optim.Optimizer, LambdaLR], Sparsifying]
-Progress = Callable[[int, int, Epoch | None], None]
-"""Called with the steps done, the steps of the whole training, and the epoch that just ended, if one did."""
 
 
 def steps_per_epoch(data: Data, training: Training) -> int:
@@ -64,80 +45,63 @@ def learning_rate_factor(training: Training, step: int, total: int) -> float:
     return (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) / 2
 
 
-def batches(examples: Examples, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of an epoch in a random order that depends on the seed and the epoch alone."""
-    generator = torch.Generator().manual_seed(key(seed, epoch, "order of examples"))
-    order = torch.randperm(len(examples), generator=generator)
-    for begin in range(0, len(order), batch_size):
-        inputs, targets = examples[order[begin : begin + batch_size]]
+def order(examples: Examples, seed: int, epoch: int) -> Tensor:
+    """Return the order of the examples in an epoch: random, and given by the seed and the epoch alone."""
+    return torch.randperm(len(examples), generator=torch.Generator().manual_seed(key(seed, epoch, "order of examples")))
+
+
+def batches(examples: Examples, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Inputs, Tensor]]:
+    """Yield the batches of an epoch."""
+    for indices in order(examples, seed, epoch).split(batch_size):  # type: ignore[no-untyped-call]
+        inputs, targets = examples[indices]
         yield inputs, targets
 
 
+def on(device: torch.device, value: Any) -> Any:
+    """Return a tensor, or a tuple of them, on a device."""
+    return tuple(part.to(device) for part in value) if isinstance(value, tuple) else value.to(device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on examples: the mean of every metric, and the class that it gives each example (None where targets are no classes)."""
+
+    metrics: dict[str, float]
+    classes: Tensor | None
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, examples: Examples) -> dict[str, float]:
-    """Return every metric of the task on the examples; the model's mode is left as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    sums = dict.fromkeys(task.metrics, 0.0)
-    for begin in range(0, len(examples), EVALUATION_BATCH):
-        inputs, targets = examples[torch.arange(begin, min(begin + EVALUATION_BATCH, len(examples)))]
-        outputs = model(inputs)
-        for name, metric in task.metrics.items():
-            sums[name] += float(metric.values(outputs, targets).sum(dtype=torch.float64))
-    for module, mode in modes:
-        module.training = mode
-    return {name: total / len(examples) for name, total in sums.items()}
-
-
-def fit(
-    model: nn.Module,
-    task: Task,
-    data: Data,
-    training: Training,
-    seed: int,
-    *,
-    attach: Attach | None = None,
-    progress: Progress | None = None,
-) -> list[Epoch]:
-    """Train a model in place and return what happened after each epoch.
-
-    Args:
-        attach: gets the optimizer and the scheduler before the first step and returns the sparsifier that it attached to them.
-        progress: told about every step and every epoch.
+def evaluate(model: nn.Module, task: Task, examples: Examples, classes: bool = False) -> Evaluation:
+    """Return every metric of the task on the examples, and with ``classes`` the predicted ones; the model's mode is left as it was.
 
     Raises:
-        NiwakiError: the loss is not finite.
+        NiwakiError: a metric is not finite.
     """
-    per_epoch = steps_per_epoch(data, training)
-    total = per_epoch * training.epochs
-    optimizer = make_optimizer(model, training)
-    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(training, step, total))
-    sparsifier = attach(optimizer, scheduler) if attach else None
-    history: list[Epoch] = []
-    step = 0
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # for dropout and the like
-        for epoch in range(1, training.epochs + 1):
-            model.train()
-            losses = []
-            for inputs, targets in batches(data.train, training.batch_size, seed, epoch):
-                optimizer.zero_grad()
-                loss = task.loss(model(inputs), targets)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                scheduler.step()
-                losses.append(loss.detach())
-                step += 1
-                if progress:
-                    progress(step, total, None)
-            mean = float(torch.stack(losses).mean(dtype=torch.float64))
-            if not math.isfinite(mean):
-                raise NiwakiError(f"training: the loss became {mean} in epoch {epoch}; a smaller learning rate may help")
-            with sparsifier.evaluating() if sparsifier else nullcontext():
-                metrics = evaluate(model, task, data.test)
-            history.append(
-                Epoch(epoch=epoch, step=step, train_loss=mean, metrics=metrics, sparsity=sparsifier.sparsity if sparsifier else 0.0)
-            )
-            if progress:
-                progress(step, total, history[-1])
-    return history
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    model.eval()
+    sums = dict.fromkeys(task.metrics, 0.0)
+    predicted = []
+    for begin in range(0, len(examples), EVALUATION_BATCH):
+        inputs, targets = examples[torch.arange(begin, min(begin + EVALUATION_BATCH, len(examples)))]
+        outputs, targets = forward(model, on(device, inputs)), targets.to(device)
+        for name, metric in task.metrics.items():
+            sums[name] += float(metric.values(outputs, targets).sum(dtype=torch.float64))
+        if classes:
+            predicted.append(task.logits(outputs).argmax(dim=-1).cpu())
+    for module, mode in modes:
+        module.training = mode
+    metrics = {name: total / len(examples) for name, total in sums.items()}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NiwakiError(f"the metric {name!r} is {value} on the test examples; a smaller learning rate may help")
+    return Evaluation(metrics, torch.cat(predicted) if classes else None)
+
+
+def targets(examples: Examples) -> Tensor:
+    """Return the targets of all examples."""
+    whole = getattr(examples, "tensors", None)  # as TensorDataset has them: without the work of making batches
+    if whole is not None:
+        return torch.as_tensor(whole[-1])
+    parts = torch.arange(len(examples)).split(EVALUATION_BATCH)  # type: ignore[no-untyped-call]
+    return torch.cat([examples[part][1] for part in parts])

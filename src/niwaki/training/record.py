@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-import os
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from niwaki.errors import InputError
+from niwaki.formats.files import replacing
 from niwaki.tasks import Training
 
-SCHEMA = "niwaki.run/1"
+SCHEMA = "niwaki.run/2"
 FILE = "run.json"
 MODEL_FILE = "model.safetensors"
 
@@ -22,21 +25,53 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class Dynamics(_Part):
+    """How the masks moved since the last epoch (survey 9.1, structure dynamics).
+
+    Attributes:
+        overlap: intersection over union of the active weights then and now (Jaccard); 1 when nothing moved.
+        pruned: weights that were active then and are not now.
+        grown: weights that are active now and were not then.
+        ever_active: share of the targets' weights that was active at some time since the stage began (ITOP, Liu et al. 2021).
+    """
+
+    overlap: float
+    pruned: int
+    grown: int
+    ever_active: float
+
+
 class Epoch(_Part):
     """What was known at the end of an epoch.
 
     Attributes:
-        epoch: number of epochs done.
-        step: number of batches done.
+        epoch: number of epochs done; not whole where a stage ended within one.
+        step: number of optimizer steps done.
+        stage: number of the recipe's stage that it belongs to, from 1; repeats are counted.
         train_loss: mean loss over the epoch's batches, while the model learned from them.
+        learning_rate: of its last step.
         metrics: the task's metrics on the test examples.
         sparsity: share of the targets' weights that is masked.
+        dynamics: how the masks moved; None for dense trainings and while nothing is masked.
     """
 
-    epoch: int
+    epoch: float
     step: int
+    stage: int = 1
     train_loss: float
+    learning_rate: float
     metrics: dict[str, float]
+    sparsity: float
+    dynamics: Dynamics | None = None
+
+
+class Stage(_Part):
+    """One stage that was carried out: what it says, the steps it lasted (``begin`` <= step < ``end``), and the sparsity after it."""
+
+    number: int
+    says: str
+    begin: int
+    end: int
     sparsity: float
 
 
@@ -45,25 +80,26 @@ class Measure(_Part):
 
     Attributes:
         name: what is measured.
-        unit: ``share``, ``bytes``, ``FLOPs``, ``weights``, ``seconds`` or ``number``.
+        unit: ``share``, ``bytes``, ``bits``, ``FLOPs``, ``weights``, ``seconds``, ``milliseconds`` or ``number``.
         definition: what the number means, in words.
         higher_is_better: which way is up; None when there is no better.
-        dense: of the dense baseline.
-        sparse: of the sparse model.
+        dense: of the dense baseline; None where it has no meaning.
+        sparse: of the sparse model; None where it has no meaning.
     """
 
     name: str
     unit: str
     definition: str
     higher_is_better: bool | None = None
-    dense: float
-    sparse: float
+    dense: float | None
+    sparse: float | None
 
 
 class Layer(_Part):
-    """One weight tensor: its elements, those that are not masked, and the FLOPs per example that it costs, dense and sparse."""
+    """One weight tensor: its shape and elements, those that are not masked, and the FLOPs per example that it costs, dense and sparse."""
 
     name: str
+    shape: list[int]
     target: bool
     elements: int
     active: int
@@ -71,28 +107,98 @@ class Layer(_Part):
     sparse_flops: float
 
 
-class Choices(_Part):
-    """Everything that determines a run's numbers, on a given machine and torch version.
+class Storage(_Part):
+    """What the sparse model's weights would need in one storage format.
 
     Attributes:
+        format: such as ``dense``, ``bitmap``, ``CSR`` or ``entropy bound``.
+        bits: values and positions of all parameters together.
+        position_bits: of these, the bits that say where the active weights are.
+        definition: the formula, in words.
+    """
+
+    format: str
+    bits: int
+    position_bits: int
+    definition: str
+
+
+class Class(_Part):
+    """One class of the test examples: how many there are, and the share of them that each model recognizes (recall)."""
+
+    name: str
+    examples: int
+    dense_recall: float
+    sparse_recall: float
+
+
+class Predictions(_Part):
+    """The class of every test example: the true one, and what each model says; ``classes`` reads them.
+
+    Each is base64 of zlib-compressed little-endian 16-bit class numbers, in the order of the test examples.
+    """
+
+    true: str
+    dense: str
+    sparse: str
+
+    @staticmethod
+    def pack(numbers: np.ndarray[Any, Any]) -> str:
+        """Return class numbers as text."""
+        return base64.b64encode(zlib.compress(np.asarray(numbers, dtype="<u2").tobytes(), 9)).decode()
+
+    @staticmethod
+    def unpack(text: str) -> np.ndarray[Any, Any]:
+        """Return the class numbers that a text holds."""
+        return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<u2").astype(np.int64)
+
+
+class Start(_Part):
+    """The trained weights that a run started from: the file's name and SHA-256."""
+
+    file: str
+    sha256: str
+
+
+class Choices(_Part):
+    """Everything that determines a run's numbers, on a given machine, torch version and number of threads.
+
+    Attributes:
+        kind: ``run`` (a dense training beside a sparse one) or ``prune`` (a trained model, pruned; the dense model is the trained one).
         task: name of the task.
+        task_code: SHA-256 of a user's own task file; None for built-in tasks.
+        data: SHA-256 of the examples.
         model: name of the model.
+        start: the trained weights that it starts from, or None.
         method: what was asked for: a name of the catalogue, or the file name of a recipe.
         recipe: the resolved recipe.
         seed: of the initial weights, the order of examples and the sparsifier.
+        processes: how many processes train together (each with its part of every batch).
         training: settings of the training, the same for dense and sparse.
     """
 
+    kind: Literal["run", "prune"] = "run"
     task: str
+    task_code: str | None = None
+    data: str
     model: str
+    start: Start | None = None
     method: str
     recipe: dict[str, Any]
     seed: int
+    processes: int = 1
     training: Training
 
     def identity(self) -> str:
-        """Return the SHA-256 of the choices (without the method's name: the recipe says it all), in hexadecimal digits."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"method"}), sort_keys=True, separators=(",", ":"))
+        """Return the SHA-256 of the choices (without names of methods and files: their contents say it all), in hexadecimal digits."""
+        return self._hash(exclude={"method": True, "start": {"file"}})
+
+    def baseline(self) -> str:
+        """Return the SHA-256 of what determines the dense baseline alone."""
+        return self._hash(exclude={"kind": True, "method": True, "recipe": True, "start": {"file"}})
+
+    def _hash(self, exclude: Any) -> str:
+        text = json.dumps(self.model_dump(mode="json", exclude=exclude), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(f"{SCHEMA}\n{text}".encode()).hexdigest()
 
 
@@ -109,19 +215,31 @@ class Results(_Part):
 
     Attributes:
         measures: the numbers, the headline metric first.
+        start_metrics: the task's metrics with the weights of ``choices.start``, before any training; None without one.
         layers: by weight tensor.
+        storage: of the sparse model, by format.
+        classes: recall by class; empty where targets are no classes.
+        predictions: of every test example; None where targets are no classes.
         dense_history: the dense baseline, epoch by epoch.
         sparse_history: the sparse model, epoch by epoch.
+        stages: what was done, one after the other.
         masks_hash: of the final masks.
+        removed: what ``finish: shrink`` took out: tensor name -> dimension (as text) -> indices that were kept; empty otherwise.
         notes: sentences from the sparsifier.
         model: the sparse model's file.
     """
 
     measures: list[Measure]
+    start_metrics: dict[str, float] | None = None
     layers: list[Layer]
+    storage: list[Storage]
+    classes: list[Class]
+    predictions: Predictions | None
     dense_history: list[Epoch]
     sparse_history: list[Epoch]
+    stages: list[Stage]
     masks_hash: str
+    removed: dict[str, dict[str, list[int]]] = Field(default_factory=dict)
     notes: list[str]
     model: Stored
 
@@ -134,6 +252,12 @@ class Record(_Part):
     choices: Choices
     environment: dict[str, Any]
     results: Results | None = None
+
+    @property
+    def headline(self) -> Measure:
+        """The task's first metric, of a finished run."""
+        assert self.results is not None
+        return self.results.measures[0]
 
     def measure(self, name: str) -> Measure:
         """Return a measure of a finished run by its name."""
@@ -170,21 +294,8 @@ def read(folder: Path) -> Record:
 def write(record: Record, folder: Path) -> None:
     """Write ``run.json`` into an existing folder, atomically."""
     text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1, allow_nan=False) + "\n"
-    write_atomically(folder / FILE, text.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by new content such that a reader sees the old one or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(folder / FILE) as file:
+        file.write(text.encode())
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,243 @@
+"""What the commands that train share: their options, what they make of them, progress, and what is shown at the end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
+
+import click
+
+from niwaki.cli.options import definitions_option, print_json
+from niwaki.errors import InputError, NiwakiError
+
+if TYPE_CHECKING:
+    from niwaki.recipe import Recipe
+    from niwaki.tasks import Task
+    from niwaki.training.jobs import Job
+    from niwaki.training.record import Epoch, Record
+
+Progress = Callable[[str, int, int, "Epoch | None"], None]
+
+PROGRESS_WIDTH = 100
+"""Columns of a terminal that progress bars use at most."""
+
+_OPTIONS = (
+    click.option(
+        "--task",
+        metavar="TASK",
+        help="What to train: digits, mnist, fashion_mnist, cifar10, characters, sst2, sentences, or your own FILE.py:OBJECT.  [required]",
+    ),
+    click.option("--model", metavar="MODEL", help="Which of the task's networks, by default its first; or timm:NAME, hf:FOLDER."),
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        envvar="NIWAKI_DATA",
+        metavar="DIR",
+        help="Where the task's files are; by default what the variable NIWAKI_DATA says.",
+    ),
+    click.option(
+        "--sparsity",
+        type=float,
+        metavar="S",
+        help="Share of the targets' weights to mask, in [0, 1); by default the method's own.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0, max=2**63 - 1),
+        default=0,
+        show_default=True,
+        metavar="K",
+        help="Of weights, order of examples and sparsifier.",
+    ),
+    click.option("--epochs", type=click.IntRange(min=0), metavar="N", help="Length of each training; by default the task's."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Another setting of the training, such as learning_rate=0.01, batch_size=64 or precision=bfloat16.",
+    ),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="For run.json, model.safetensors and report.html; by default a folder in runs/ named by what determines the run.",
+    ),
+    click.option(
+        "--baselines",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Where dense baselines are kept; by default .baselines beside --out.",
+    ),
+    click.option(
+        "--checkpoint-every",
+        type=click.FloatRange(min=0),
+        default=30.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Time between checkpoints.",
+    ),
+    definitions_option,
+)
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a training."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def task(given: Mapping[str, Any]) -> Task:
+    """Return the task that the options name."""
+    from niwaki.tasks import TASKS, find
+
+    if given["task"] is None:
+        raise InputError(f"--task: missing; choices: {', '.join(TASKS)}, or your own: path/to/file.py:object")
+    return find(given["task"], given["model"])
+
+
+def job(task: Task, recipe: Recipe, method: str, given: Mapping[str, Any], kind: Literal["run", "prune"] = "run") -> Job:
+    """Return the job that the options describe."""
+    from niwaki.training import jobs
+
+    settings: dict[str, Any] = {}
+    for text in given["settings"]:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set: {text!r} is no KEY=VALUE, such as learning_rate=0.01")
+        settings[name.strip()] = None if value.strip().lower() == "none" else value.strip()
+    if given["epochs"] is not None:
+        settings["epochs"] = given["epochs"]
+    return jobs.job(
+        task,
+        recipe,
+        method=method,
+        data_folder=given["data"],
+        model=given["model"],
+        seed=given["seed"],
+        training=settings,
+        start=given["start"],
+        kind=kind,
+    )
+
+
+def folder(job: Job, out: Path | None) -> Path:
+    """Return the folder of a run: the one that was asked for, or one that is named by what determines the run."""
+    if out is not None:
+        return out
+    choices = job.choices
+    words = [choices.task, choices.model, Path(choices.method).stem]
+    name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
+    return Path("runs") / f"{name}-{choices.identity()[:10]}"
+
+
+def carry_out(jobs: Sequence[tuple[Job, Path]], given: Mapping[str, Any], as_json: bool) -> None:
+    """Run jobs one after the other, write their reports, and show the results."""
+    from niwaki.cli.interrupts import stop_on_signal
+    from niwaki.training import processes
+    from niwaki.training.baseline import Sitting
+    from niwaki.training.folder import finished_before
+    from niwaki.training.jobs import run
+    from niwaki.training.trainer import Interrupted
+
+    done: list[tuple[Path, Record, bool]] = []
+    for job, out in jobs:  # what is wrong with any of them is told before the first one trains
+        finished_before(out, job.choices)
+    with processes.joined(), stop_on_signal() as stop:
+        for job, out in jobs:
+            again = finished_before(out, job.choices) is not None
+            try:
+                with _progress(job, shown=not again and processes.rank() == 0, several=len(jobs) > 1) as progress:
+                    sitting = Sitting(every=given["checkpoint_every"], stop=stop, progress=progress)
+                    record = run(job, out, baselines=given["baselines"], sitting=sitting)
+            except Interrupted as error:
+                if processes.rank() > 0:  # the first process says it
+                    raise click.exceptions.Exit(1) from None
+                raise NiwakiError(f"{error}; to go on, give the same command again: {_command()}") from None
+            done.append((out, record, again))
+        if processes.rank() > 0:
+            return
+        for out, record, again in done:
+            write_report(record, out, fresh=not again)
+        if as_json:
+            data = [{"folder": str(out), **record.model_dump(mode="json", by_alias=True)} for out, record, _ in done]
+            print_json(data if given.get("seeds") else data[0])
+            return
+        from niwaki.cli.tables import print_comparison, print_run
+
+        if len(done) > 1:
+            print_comparison([(str(out), record) for out, record, _ in done], given["definitions"])
+            click.echo(f"Saved in {', '.join(str(out) for out, _, _ in done)}: run.json, model.safetensors, report.html")
+        else:
+            out, record, again = done[0]
+            print_run(record, out, again, given["definitions"])
+
+
+def write_report(record: Record, folder: Path, fresh: bool) -> None:
+    """Write the report of a finished run beside it, where it is missing or the run is new."""
+    from niwaki import report
+
+    path = folder / "report.html"
+    if fresh or not path.exists():
+        report.write(report.run_report(record), path)
+
+
+def report_link(folder: Path, page: Path) -> str | None:
+    """Return the address of a run's report as seen from a page, or None when it has none."""
+    path = (folder if folder.is_dir() else folder.parent) / "report.html"
+    return quote(os.path.relpath(path.absolute(), page.absolute().parent).replace(os.sep, "/")) if path.exists() else None
+
+
+def _command() -> str:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["niwaki"] if processes == "1" else ["torchrun", "--nproc-per-node", processes, "-m", "niwaki"]
+    return shlex.join([*launcher, *sys.argv[1:]])
+
+
+@contextmanager
+def _progress(job: Job, shown: bool, several: bool) -> Iterator[Progress | None]:
+    """Show a bar for each of the two trainings on standard error, where it is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    console.width = min(console.width, PROGRESS_WIDTH)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        TextColumn("{task.fields[note]}"),
+    )
+    bars = Progress(*columns, console=console, transient=True, expand=True)
+    rows: dict[str, TaskID] = {}
+    headline, metric = next(iter(job.task.metrics.items()))
+
+    def progress(phase: str, step: int, total: int, epoch: Epoch | None) -> None:
+        if phase not in rows:
+            named = f"seed {job.seed} {phase}" if several else phase
+            rows[phase] = bars.add_task(named, total=total, completed=step, note="")  # a training that goes on begins where it was
+            bars.start()
+        bars.update(rows[phase], completed=step)
+        if epoch is not None:
+            value = epoch.metrics[headline]
+            shown = f"{100 * value:.2f} %" if metric.percent else f"{value:.4f}"
+            sparsity = f", sparsity {epoch.sparsity:.3f}" if epoch.sparsity else ""
+            bars.update(rows[phase], note=f"{headline} {shown}{sparsity}")
+
+    try:
+        yield progress
+    finally:
+        bars.stop()

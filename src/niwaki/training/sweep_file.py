@@ -1,0 +1,168 @@
+"""The file of a sweep: axes, their product, and the runs that it comes to, all of them checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from niwaki import catalogue, tasks
+from niwaki.errors import InputError, did_you_mean
+from niwaki.recipe.strict import Strict
+from niwaki.recipe.text import parse
+from niwaki.tasks import Task
+from niwaki.training import jobs
+from niwaki.training.record import Choices
+
+
+class Point(Strict):
+    """What one run was asked to be; the fields are the options of ``niwaki run``, and mean the same.
+
+    Attributes:
+        training: settings of the training that differ from the model's own.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    task: str
+    method: str
+    model: str | None = None
+    sparsity: float | None = None
+    cut: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: str | None = None
+    start: Annotated[str | None, Field(alias="from")] = None
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        given = self.model_dump(by_alias=True, exclude_unset=True, exclude={"training"}) | self.training
+        return ", ".join(f"{name} {value}" for name, value in given.items())
+
+
+FIELDS = (*(field.alias or name for name, field in Point.model_fields.items()), "epochs")
+"""What a sweep file can have; ``epochs`` is short for ``training: {epochs: ...}``."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a sweep, checked: what was asked, and what it comes to."""
+
+    point: Point
+    choices: Choices
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: readable, and unlike that of any other run."""
+        sparsity = self.choices.recipe.get("sparsity")
+        words = [Path(self.point.method).stem, *([] if sparsity is None else [f"{sparsity:g}"]), f"seed{self.point.seed}"]
+        return "-".join([*words, self.choices.identity()[:8]])
+
+
+def read_points(path: Path) -> list[Point]:
+    """Read a sweep file: a list is an axis, any other value is fixed, and the points are the product, the last axis fastest.
+
+    Raises:
+        InputError: the file cannot be read, or one of its fields is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return points(parse(text, str(path)), str(path))
+
+
+def points(data: Any, where: str) -> list[Point]:
+    """Return the points of a sweep that is given as plain data; ``where`` names it in errors.
+
+    >>> [str(point) for point in points({"task": "digits", "method": ["gmp", "rigl"], "sparsity": 0.9}, "example")]
+    ['task digits, method gmp, sparsity 0.9', 'task digits, method rigl, sparsity 0.9']
+
+    Raises:
+        InputError: an unknown or missing field, a value of the wrong type, or an empty list.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(f"{where}: expected fields such as `task: digits` and `method: [gmp, rigl]`, got {data!r:.60}")
+    axes: dict[tuple[str, ...], list[Any]] = {}
+    for name, value in data.items():
+        if name not in FIELDS:
+            raise InputError(f"{where}: unknown field {str(name)!r}; {did_you_mean(str(name), FIELDS)}")
+        if name == "training" and not isinstance(value, Mapping):
+            raise InputError(f"{where}: training: expected settings such as {{learning_rate: [0.1, 0.01]}}, got {value!r:.60}")
+        for place, values in _axes(name, value):
+            if place in axes:
+                raise InputError(f"{where}: epochs: stands twice, also in training; say it once")
+            if values == []:
+                raise InputError(f"{where}: {'.'.join(place)}: an empty list has nothing to run; give values, or leave the field out")
+            axes[place] = values if isinstance(values, list) else [values]
+    found = []
+    for values in product(*axes.values()):
+        fields: dict[str, Any] = {}
+        for place, value in zip(axes, values, strict=True):
+            if place[0] == "training":
+                fields.setdefault("training", {})[place[1]] = value
+            else:
+                fields[place[0]] = value
+        try:
+            found.append(Point(**fields))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    return found
+
+
+def _axes(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if name == "training":
+        yield from ((("training", str(setting)), values) for setting, values in value.items())
+    else:
+        yield (("training", "epochs") if name == "epochs" else (name,)), value
+
+
+def plan(points: Sequence[Point], where: str) -> list[Run]:
+    """Return the runs of a sweep, all of them checked before the first one begins; points that come to the same run are one.
+
+    Raises:
+        InputError: a point that cannot be run: which, and why.
+    """
+    known: dict[tuple[str | None, ...], Task] = {}
+    runs: dict[str, Run] = {}
+    fits: set[str] = set()
+    for point in points:
+        try:
+            job = resolve(point, known)
+            alike = point.model_copy(update={"seed": 0}).model_dump_json()
+            if alike not in fits:
+                job.plans()
+                fits.add(alike)
+        except InputError as error:
+            error.args = (f"{where}: {point}: {error}",)  # the same error, as it may carry the traceback of a user's own file
+            raise
+        runs.setdefault(job.choices.identity(), Run(point, job.choices))
+    return list(runs.values())
+
+
+def resolve(point: Point, known: dict[tuple[str | None, ...], Task]) -> jobs.Job:
+    """Return the job of a point; ``known`` keeps tasks, whose data are loaded once.
+
+    Raises:
+        InputError: one of the point's fields is wrong.
+    """
+    name = (point.task, point.model, point.data)
+    if name not in known:
+        task = tasks.find(point.task, point.model)
+        known[name] = replace(task, data=cache(task.data))
+    folder = point.data or os.environ.get("NIWAKI_DATA")
+    return jobs.job(
+        known[name],
+        catalogue.find(point.method, point.sparsity, point.cut),
+        method=point.method,
+        data_folder=None if folder is None else Path(folder),
+        model=point.model,
+        seed=point.seed,
+        training=point.training,
+        start=None if point.start is None else Path(point.start),
+    )

@@ -1,0 +1,496 @@
+"""One training through all stages of a recipe. It can stop after any step, and a new one goes on from there, equal to the bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from niwaki.calibration import forward
+from niwaki.clock import Clock
+from niwaki.counter import key
+from niwaki.errors import NiwakiError
+from niwaki.masks import Masks
+from niwaki.metrics.flops import forward_flops
+from niwaki.metrics.training_flops import active_flops, step_flops
+from niwaki.prune import pruned
+from niwaki.recipe import Recipe
+from niwaki.recipe.stages import Leaf, StageRecipe, unroll
+from niwaki.sparsifier import Sparsifier
+from niwaki.structured import compose, replay, shrink
+from niwaki.tasks import Data, Task, Training
+from niwaki.training import processes
+from niwaki.training.loop import batches, evaluate, learning_rate_factor, make_optimizer, on, order, steps_per_epoch
+from niwaki.training.record import Dynamics, Epoch, Stage
+
+STATISTICS_BATCHES = 16
+"""Batches that a recipe gets for statistics before a stage's first step (a SNIP score, say)."""
+
+ASK_EVERY = 16
+"""Steps between two questions to the other processes whether one of them was asked to stop."""
+
+Progress = Callable[[int, int, Epoch | None], None]
+"""Called with the steps done, the steps of the whole training, and the epoch that just ended, if one did."""
+
+
+class Interrupted(NiwakiError):
+    """The training was asked to stop; its state is saved."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left besides the model.
+
+    Attributes:
+        history: epoch by epoch.
+        stages: what was done, one after the other.
+        masks: the final masks.
+        removed: what was taken out of the model (``structured.replay`` takes it).
+        notes: sentences for the user.
+        seconds: wall time, over all sittings.
+        flops_multiplier: FLOPs of the training / those of the dense one of as many steps; 1 when there was no step.
+    """
+
+    history: list[Epoch]
+    stages: list[Stage]
+    masks: Masks
+    removed: dict[str, dict[str, list[int]]]
+    notes: list[str]
+    seconds: float
+    flops_multiplier: float
+
+
+@dataclass
+class Counters:
+    """Where a training is; all of it is in the checkpoint.
+
+    Attributes:
+        leaf: index of the stage.
+        entered: whether that stage has begun.
+        stage_step: steps of it that were taken.
+        step: steps of the whole training.
+        schedule_step: position in the learning-rate schedule.
+        horizon: length of that schedule in steps.
+        begin: step at which the stage began.
+        seconds: wall time so far.
+        flops: forward and backward FLOPs per example so far, added up over the steps.
+    """
+
+    horizon: int
+    leaf: int = 0
+    entered: bool = False
+    stage_step: int = 0
+    step: int = 0
+    schedule_step: int = 0
+    begin: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """Trains a model in place.
+
+    The batches of an epoch depend on the seed and its number alone, and what is random inside a step (dropout, augmentation) on the
+    seed and the step alone. So the state is small: the model, the optimizer, the sparsifier, and counters.
+
+    Attributes:
+        model: plain, on the device where it is to be trained.
+        recipe: what the sparsifier does; None for a dense training.
+        teacher: the trained dense model, for objectives that need one.
+    """
+
+    model: nn.Module
+    task: Task
+    data: Data
+    training: Training
+    seed: int
+    recipe: Recipe | None = None
+    teacher: nn.Module | None = None
+    leaves: tuple[Leaf, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leaves = unroll(self.recipe or StageRecipe())
+        self.steps_per_epoch = steps_per_epoch(self.data, self.training)
+        run = self.steps_per_epoch * self.training.epochs
+        tokens = self.data.tokens_per_example
+        self.clock = Clock(max(run, 1), self.steps_per_epoch, tokens and tokens * self.training.batch_size)
+        self.lengths = [(leaf.clock(self.clock).total_steps or 0) if leaf.length is not None and run else 0 for leaf in self.leaves]
+        self.device = next(self.model.parameters()).device
+        self.now = Counters(horizon=run)
+        self.masks = Masks()
+        self.snapshots: dict[str, dict[str, Any]] = {}
+        self.removed: dict[str, dict[str, list[int]]] = {}
+        self.losses: list[Tensor] = []
+        self.history: list[Epoch] = []
+        self.stages: list[Stage] = []
+        self.notes: list[str] = []
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.training.precision == "float16")
+        self._order: tuple[int, Tensor] | None = None
+        self._before = Masks()  # at the end of the last epoch
+        self._take_model()
+        self._dense_flops = self._flops.dense  # of the model before anything is taken out of it
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return sum(self.lengths)
+
+    # ------------------------------------------------------------------ from the first step to the last
+
+    def run(
+        self,
+        *,
+        save: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
+        every: float = 30.0,
+        stop: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
+    ) -> Trained:
+        """Train to the end, from wherever it is.
+
+        Args:
+            save: writes a checkpoint; called with a function that returns the state.
+            every: seconds between checkpoints.
+            stop: asked after each step; when it says so, the state is saved and Interrupted raised.
+            progress: told about every step and every epoch.
+
+        Raises:
+            Interrupted: it was asked to stop.
+            NiwakiError: the loss is not finite; the checkpoint stays.
+        """
+        began = saved_at = time.monotonic()
+        before = self.now.seconds
+
+        def keep() -> None:
+            nonlocal saved_at
+            self.now.seconds = before + time.monotonic() - began
+            if save is not None:
+                save(self.state)
+            saved_at = time.monotonic()
+
+        network = self._network()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            while self.now.leaf < len(self.leaves):
+                leaf, length = self.leaves[self.now.leaf], self.lengths[self.now.leaf]
+                if not self.now.entered:
+                    self._enter(leaf, length)
+                    network = self._network()
+                while self.now.stage_step < length:
+                    self.model.train()
+                    self._step(network, leaf)
+                    ended = self.now.step % self.steps_per_epoch == 0 or self.now.stage_step == length
+                    if ended:
+                        self._close_epoch()
+                    if progress is not None:
+                        progress(self.now.step, self.total_steps, self.history[-1] if ended else None)
+                    asked = stop() if processes.world_size() == 1 else self.now.step % ASK_EVERY == 0 and processes.any_process(stop())
+                    if asked and self.now.step < self.total_steps:
+                        keep()
+                        raise Interrupted(f"interrupted at step {self.now.step:,} of {self.total_steps:,}")
+                    if time.monotonic() - saved_at >= every:
+                        keep()
+                self._leave(leaf)
+        self._settle_average()
+        self.now.seconds = before + time.monotonic() - began
+        dense = step_flops(self._dense_flops, self._dense_flops) * self.now.step
+        return Trained(
+            history=self.history,
+            stages=self.stages,
+            masks=self.masks,
+            removed=self.removed,
+            notes=list(dict.fromkeys(self.notes)),
+            seconds=self.now.seconds,
+            flops_multiplier=self.now.flops / dense if dense else 1.0,
+        )
+
+    def _take_model(self) -> None:
+        """Make what belongs to the model as it is now: optimizer, moving average, FLOPs of a dense forward pass."""
+        self.optimizer = make_optimizer(self.model, self.training)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._begin_average()
+        self.sparsifier: Sparsifier | None = None
+        example = on(self.device, tuple(self.task.example(self.data)))
+        self._flops = forward_flops(self.model, example)
+        self._sparse_flops: float | None = None
+
+    def _begin_average(self) -> None:
+        decay = self.training.ema
+        self.ema: AveragedModel | None = None
+        if decay is not None:
+            average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+
+    def _network(self) -> nn.Module:
+        if processes.world_size() == 1 or not any(parameter.requires_grad for parameter in self.model.parameters()):
+            return self.model
+        return DistributedDataParallel(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    # ------------------------------------------------------------------ a step
+
+    def _step(self, network: nn.Module, leaf: Leaf) -> None:
+        now, world = self.now, processes.world_size()
+        epoch, batch = divmod(now.step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, order(self.data.train, self.seed, epoch + 1)
+        size = self.training.batch_size
+        whole = self._order[1][batch * size : (batch + 1) * size]
+        mine = whole.tensor_split(world)[processes.rank()]
+        parts = [part for part in mine.tensor_split(self.training.accumulate) if len(part)] or [whole[:1]]
+        torch.manual_seed(key(self.seed, now.step, f"noise of process {processes.rank()}"))
+        generator = torch.Generator().manual_seed(key(self.seed, now.step, f"augmentation of process {processes.rank()}"))
+        factor = learning_rate_factor(self.training, min(now.schedule_step, now.horizon), now.horizon)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        dense_gradient = self.sparsifier is not None and self.sparsifier.needs_dense_gradient
+        now.flops += step_flops(self._forward_flops(), self._flops.dense, dense_gradient)  # with the masks before this step's update
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            inputs, targets = self.data.train[part]
+            if self.task.augment is not None:
+                inputs = self.task.augment(inputs, generator)
+            share = len(part) * world / len(whole) if len(mine) else 0.0
+            last = part is parts[-1]
+            waits = network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext()
+            with waits:
+                loss = self._loss(network, leaf, on(self.device, inputs), on(self.device, targets)) * share
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if not math.isfinite(float(total)):
+            raise NiwakiError(
+                f"the loss became {float(total)} at step {now.step + 1:,} (epoch {epoch + 1}); a smaller learning rate may help"
+            )
+        if self.training.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.losses.append(total)
+        now.step, now.stage_step, now.schedule_step = now.step + 1, now.stage_step + 1, now.schedule_step + 1
+
+    def _loss(self, network: nn.Module, leaf: Leaf, inputs: Any, targets: Any) -> Tensor:
+        precision = getattr(torch, self.training.precision)
+        with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+            outputs = forward(network, inputs)
+            loss = self.task.loss(outputs, targets)
+            if leaf.recipe.objective is None:
+                return loss
+            assert self.teacher is not None
+            with torch.no_grad():
+                taught = self.task.logits(forward(self.teacher, inputs))
+            return leaf.recipe.objective.loss(loss, self.task.logits(outputs), taught)
+
+    def _forward_flops(self) -> float:
+        """Return the forward FLOPs per example of the model as it is masked now."""
+        if self._sparse_flops is None:
+            masks = self._current_masks()
+            self._sparse_flops = active_flops(self._flops, masks) if masks else self._flops.dense
+        return self._sparse_flops
+
+    def _masks_changed(self, _: Masks) -> None:
+        self._sparse_flops = None
+
+    def _current_masks(self) -> Masks:
+        return self.masks if self.sparsifier is None else self.sparsifier.masks
+
+    # ------------------------------------------------------------------ an epoch
+
+    def _averaged(self) -> nn.Module:
+        """Return the moving average of the model, masked."""
+        assert self.ema is not None
+        self._current_masks().apply_(self.ema.module)
+        return self.ema.module
+
+    def _settle_average(self) -> None:
+        """Give the model the averaged weights, if there are any."""
+        if self.ema is not None:
+            self.model.load_state_dict(self._averaged().state_dict())
+
+    def _close_epoch(self) -> None:
+        masks = self._current_masks()
+        with self.sparsifier.evaluating() if self.sparsifier is not None else nullcontext():
+            model = self.model if self.ema is None else self._averaged()
+            found = evaluate(model, self.task, self.data.test) if processes.rank() == 0 else None
+        before, self._before = self._before, masks
+        moved = None
+        if masks.keys() == before.keys() and masks.sparsity:
+            ever = self.sparsifier.ever_active_share if self.sparsifier is not None else masks.density
+            moved = Dynamics(overlap=masks.iou(before), pruned=(before - masks).active, grown=(masks - before).active, ever_active=ever)
+        self.history.append(
+            Epoch(
+                epoch=self.now.step / self.steps_per_epoch,
+                step=self.now.step,
+                stage=self.leaves[self.now.leaf].number,
+                train_loss=float(torch.stack(self.losses).mean(dtype=torch.float64)),
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                metrics=found.metrics if found else {},
+                sparsity=masks.sparsity,
+                dynamics=moved,
+            )
+        )
+        self.losses = []
+
+    # ------------------------------------------------------------------ a stage
+
+    def _enter(self, leaf: Leaf, length: int) -> None:
+        now = self.now
+        now.entered, now.stage_step, now.begin = True, 0, now.step
+        if length and now.schedule_step >= now.horizon:
+            now.schedule_step, now.horizon = 0, length
+        now.horizon = max(now.horizon, now.schedule_step + length)
+        self._attach(leaf, length)
+        self._before = self._current_masks()
+
+    def _attach(self, leaf: Leaf, length: int) -> None:
+        """Build what the stage needs around the model as it is."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        if leaf.acts or self.masks:
+            self.sparsifier = Sparsifier(
+                self.model,
+                leaf.recipe,
+                masks=self.masks or None,
+                total_steps=max(length, 1),
+                steps_per_epoch=self.steps_per_epoch,
+                tokens_per_step=self.clock.tokens_per_step,
+                seed=self.seed,
+                data=self._statistics(),
+                loss=self.task.loss,
+            )
+            self.sparsifier.on_masks_changed(self._masks_changed)
+            self.sparsifier.attach(self.optimizer)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._sparse_flops = None
+
+    def _statistics(self) -> list[tuple[Any, Any]]:
+        found = islice(batches(self.data.train, self.training.batch_size, self.seed, epoch=0), STATISTICS_BATCHES)
+        return [(on(self.device, inputs), on(self.device, targets)) for inputs, targets in found]
+
+    def _leave(self, leaf: Leaf) -> None:
+        if self.sparsifier is not None:
+            self.sparsifier.finalize()
+            self.notes += self.sparsifier.notes
+        self.masks, self.sparsifier = self._current_masks(), None
+        self._drop_own_groups()
+        if leaf.prune is not None:
+            sparsifier = pruned(
+                self.model, leaf.prune, self.masks, seed=self.seed, step=self.now.step, data=self._statistics(), loss=self.task.loss
+            )
+            self.masks = sparsifier.masks
+            self.notes += sparsifier.notes
+        if leaf.save is not None:
+            self.snapshots[leaf.save] = {
+                "model": _copied(self.model.state_dict()),
+                "optimizer": _copied(self.optimizer.state_dict()),
+                "schedule": (self.now.schedule_step, self.now.horizon),
+            }
+        if leaf.restore is not None:
+            self._restore(leaf.restore)
+        if leaf.finish == "shrink":
+            self._shrink()
+        self._sparse_flops = None
+        self.stages.append(Stage(number=leaf.number, says=leaf.says, begin=self.now.begin, end=self.now.step, sparsity=self.masks.sparsity))
+        self.now.leaf, self.now.entered = self.now.leaf + 1, False
+
+    def _drop_own_groups(self) -> None:
+        """Take a relaxation's own parameters, which were folded, out of the optimizer."""
+        mine = set(self.model.parameters())
+        groups = [all(parameter in mine for parameter in group["params"]) for group in self.optimizer.param_groups]
+        for group, kept in zip(self.optimizer.param_groups, groups, strict=True):
+            if not kept:
+                for parameter in group["params"]:
+                    self.optimizer.state.pop(parameter, None)
+        self.rates = [rate for rate, kept in zip(self.rates, groups, strict=True) if kept]
+        self.optimizer.param_groups[:] = [group for group, kept in zip(self.optimizer.param_groups, groups, strict=True) if kept]
+
+    def _restore(self, restore: Any) -> None:
+        if restore.weights != "keep":
+            self.model.load_state_dict(self.snapshots[restore.weights]["model"])
+            self.masks.apply_(self.model)
+            self._begin_average()
+        if restore.optimizer == "fresh":
+            self.optimizer = make_optimizer(self.model, self.training)
+        elif restore.optimizer != "keep":
+            self.optimizer.load_state_dict(_copied(self.snapshots[restore.optimizer]["optimizer"]))
+        if restore.learning_rate != "keep":
+            self.now.schedule_step, self.now.horizon = self.snapshots[restore.learning_rate]["schedule"]
+
+    def _shrink(self) -> None:
+        self._settle_average()  # the next average begins with the smaller model
+        example = on(self.device, tuple(self.task.example(self.data)))
+        smaller = shrink(self.model, self.masks, example)
+        replay(self.model, smaller.removed)
+        self.model.load_state_dict(smaller.model.state_dict())
+        self.removed = compose(self.removed, smaller.removed)
+        self.masks = smaller.masks
+        self.notes += smaller.notes
+        self.notes.append("finish: shrink made the model smaller; the optimizer starts afresh, and earlier snapshots no longer fit")
+        self.snapshots = {}
+        self._take_model()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that another trainer of the same settings needs to go on from here."""
+        return {
+            "counters": dict(vars(self.now)),
+            "removed": self.removed,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "masks": dict(self.masks),
+            "before": dict(self._before),
+            "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
+            "snapshots": self.snapshots,
+            "losses": [float(loss) for loss in self.losses],
+            "history": [epoch.model_dump(mode="json") for epoch in self.history],
+            "stages": [stage.model_dump(mode="json") for stage in self.stages],
+            "notes": self.notes,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state of a trainer with the same settings, in place of a fresh beginning."""
+        self.now = Counters(**state["counters"])
+        if state["removed"]:
+            self.removed = state["removed"]
+            replay(self.model, self.removed)
+            self._take_model()
+        self.masks = Masks(state["masks"]).to(self.device)
+        if self.now.entered:
+            self._attach(self.leaves[self.now.leaf], self.lengths[self.now.leaf])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.sparsifier is not None:
+            self.sparsifier.load_state_dict(state["sparsifier"])
+        self._before = Masks(state["before"]).to(self.device)
+        self.snapshots = state["snapshots"]
+        self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
+        self.stages = [Stage.model_validate(stage) for stage in state["stages"]]
+        self.notes = state["notes"]
+        self._sparse_flops = None
+
+
+def _copied(state: Any) -> Any:
+    """Return a nested state with tensors of its own."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return type(state)(_copied(value) for value in state) if isinstance(state, list | tuple) else state

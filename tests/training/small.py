@@ -1,0 +1,111 @@
+"""Small tasks that train in a moment, and trainings of them that stop and go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from niwaki.recipe import Recipe
+from niwaki.tasks import Data, Metric, Model, Task, Training
+from niwaki.training import checkpoint
+from niwaki.training.trainer import Interrupted, Trained, Trainer
+
+ACCURACY = Metric(lambda outputs, targets: outputs.argmax(1) == targets, "share of right answers")
+TARGETS = {"0.weight": (24, 6), "3.weight": (16, 24)}
+"""Of the small network: every linear layer but the last."""
+ELEMENTS = 24 * 6 + 16 * 24
+
+
+def examples(count: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 6, generator=generator)
+    return TensorDataset(inputs, (inputs @ torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0, 1.0]) > 0).long())
+
+
+def network(data: Data) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def without_batch_norm(data: Data) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 24), nn.Identity(), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def with_dropout(data: Data) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.Dropout(0.2), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def plane(**fields: Any) -> Task:
+    """Return a classification task: which side of a plane a point lies on."""
+    training = Training(epochs=4, batch_size=16, learning_rate=0.1, threads=1)
+    builders = {"small": network, "plain": without_batch_norm, "dropout": with_dropout}
+    given: dict[str, Any] = {
+        "name": "plane",
+        "models": {name: Model(build, training) for name, build in builders.items()},
+        "data": lambda folder: Data(examples(200, 0), examples(90, 1), classes=("below", "above")),
+        "loss": functional.cross_entropy,
+        "metrics": {"accuracy": ACCURACY},
+    }
+    return Task(**given | fields)
+
+
+def regression(dtype: torch.dtype = torch.float32) -> Task:
+    """Return a task with 40 examples and one linear layer, whose gradients are a line of algebra."""
+    inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    both = TensorDataset(inputs, inputs @ torch.tensor([[1.0], [2.0], [-1.0]], dtype=dtype))
+    return Task(
+        name="regression",
+        models={"linear": Model(lambda data: nn.Linear(3, 1, dtype=dtype), Training(epochs=1, batch_size=8))},
+        data=lambda folder: Data(both, both),
+        loss=functional.mse_loss,
+        metrics={"error": Metric(lambda outputs, targets: (outputs - targets).square().mean(1), "mean squared error", False, False)},
+    )
+
+
+def recipe(text: str | None) -> Recipe | None:
+    return None if text is None else Recipe.from_yaml(text)
+
+
+def trainer(text: str | None = None, *, task: Task | None = None, model: str | None = None, seed: int = 0, **settings: Any) -> Trainer:
+    """Return a trainer of a new model, for a recipe in YAML or a dense training; its teacher, if one is needed, is a model of its own."""
+    task = task or plane()
+    name, chosen = task.model(model)
+    data, asked = task.data(None), recipe(text)
+    training = Training.model_validate(chosen.training.model_dump() | settings)
+    return Trainer(task.build(name, data, seed), task, data, training, seed, asked, task.build(name, data, seed + 1).eval())
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a model's state."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def in_sittings(make: Callable[[], Trainer], file: Path, steps: int) -> tuple[Trainer, Trained, int]:
+    """Train with a stop after every ``steps`` steps, each time going on with a new trainer from the file; return how many there were."""
+    for sitting in range(1, 1000):
+        trainer, taken = make(), 0
+        if file.exists():
+            trainer.load(checkpoint.load(file))
+
+        def stop() -> bool:
+            nonlocal taken
+            taken += 1
+            return taken >= steps
+
+        try:
+            return trainer, trainer.run(save=lambda state: checkpoint.save(file, state()), every=1e9, stop=stop), sitting
+        except Interrupted:
+            continue
+    raise AssertionError("it never ends")
+
+
+def captured(trainer: Trainer) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Train, and yield after every step the number of steps and a copy of the model's state."""
+    heard: list[tuple[int, dict[str, Tensor]]] = []
+    trainer.run(progress=lambda step, total, epoch: heard.append((step, weights(trainer.model))))
+    yield from heard
