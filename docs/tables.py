@@ -1,11 +1,17 @@
 """Fills the pages with what the code knows, when the documentation is built: a marker in a page becomes tables."""
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import niwaki
 from niwaki.catalogue import Columns, Method
 from niwaki.component import REGISTRY, Component, describe
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from results import fill
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -13,7 +19,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for marker, make in MARKERS.items():
         if marker in markdown:
             markdown = markdown.replace(marker, make())
-    return markdown
+    return fill(markdown)
 
 
 def components() -> str:

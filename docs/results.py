@@ -1,0 +1,76 @@
+"""Tables of measured results, from the run.json files in results/: for the pages, and for the README.
+
+``python docs/results.py`` writes them into README.md, between the markers, and draws the picture; a test checks that both are up to date.
+"""
+
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+from niwaki.metrics.units import show
+from niwaki.report import occams_hill, write
+from niwaki.report.groups import Labelled, families
+from niwaki.training.record import read
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKER = re.compile(r"<!-- results: (?P<folder>\S+) -->\n.*?<!-- end -->", re.DOTALL)
+COLUMNS = (("file size", "file"), ("forward FLOPs", "FLOPs of a forward pass"), ("training FLOPs", "training FLOPs"))
+
+
+def fill(markdown: str) -> str:
+    """Return a page with every ``<!-- results: FOLDER --> ... <!-- end -->`` filled with the table of that folder in results/."""
+    return MARKER.sub(lambda found: f"<!-- results: {found['folder']} -->\n{table(found['folder'])}\n<!-- end -->", markdown)
+
+
+def table(folder: str) -> str:
+    """Return one line for the dense model, and one for each method and sparsity: means and standard deviations over the seeds."""
+    lines = []
+    for family in families(_runs(folder)):
+        headline = family.first.headline
+        seeds = max(len(setting.runs) for setting in family.all)
+        spread = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ", 1 seed"
+        heads = ["model", "sparsity", headline.name + spread, "change", *(name for _, name in COLUMNS)]
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for setting in family.all:
+            values, changes = setting.values(headline.name), setting.changes(headline.name)
+            name = family.first.choices.model if setting is family.dense else setting.name
+            cells = [
+                f"{name}, dense" if setting is family.dense else f"`{Path(name).stem}`",
+                "0" if setting is family.dense else f"{100 * setting.sparsity:.4g} %",
+                _mean(values, headline.unit),
+                "" if setting is family.dense else _change(changes, headline.unit),
+            ]
+            for measure, _ in COLUMNS:
+                unit = next(one.unit for one in family.measures if one.name == measure)
+                mean = setting.mean(measure)
+                cells.append("" if mean is None else f"{mean:.2f}×" if measure == "training FLOPs" else show(mean, unit))
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def picture(folder: str) -> str:
+    """Return the accuracy of runs over their sparsity, as SVG."""
+    return occams_hill(_runs(folder))
+
+
+def _runs(folder: str) -> list[Labelled]:
+    return [(path.parent.name, read(path)) for path in sorted((ROOT / "results" / folder).rglob("run.json"))]
+
+
+def _mean(values: list[float], unit: str) -> str:
+    if len(values) < 2:
+        return show(values[0], unit)
+    if unit == "share":
+        return f"{100 * fmean(values):.2f} ± {100 * stdev(values):.2f} %"
+    return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+
+
+def _change(values: list[float], unit: str) -> str:
+    return f"{100 * fmean(values):+.2f} points" if unit == "share" else f"{fmean(values):+.4f}"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    write(picture("digits_occams_hill"), ROOT / "docs" / "occams_hill.svg")
