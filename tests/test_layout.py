@@ -156,3 +156,12 @@ def test_a_shard_that_cuts_through_a_stack_is_refused(module, name, shape):
         layout_of(module, name, shape)
     assert "\n" not in str(caught.value)
     assert type(module).__name__ in str(caught.value)
+
+
+def test_the_transposed_linear_layer_of_gpt_2_is_known_by_its_name():
+    """A stand-in with the name that transformers gives it; tests/tasks has the real one."""
+    conv1d = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})
+    found = layout_of(conv1d(), "weight", (3, 5))
+    assert (found.roles, found.shape) == (("input", "output"), (3, 5))
+    assert layout_of(type("Conv1D", (nn.Module,), {})(), "weight", (3, 5)) is None
+    assert layout_of(conv1d(), "bias", (5,)) is None

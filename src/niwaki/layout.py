@@ -69,6 +69,18 @@ def _linear(module: nn.Module, name: str, shape: Sequence[int]) -> Layout:
     return Layout(("output", "input"), tuple(shape))
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Return whether the module is the linear layer of Hugging Face GPT-2 (``Conv1D``), whose weight is [input, output].
+
+    It is known by its name, so that ``transformers`` is not imported.
+    """
+    return any(f"{base.__module__}.{base.__qualname__}" == "transformers.pytorch_utils.Conv1D" for base in type(module).__mro__)
+
+
+def _transposed_linear(module: nn.Module, name: str, shape: Sequence[int]) -> Layout:
+    return Layout(("input", "output"), tuple(shape))
+
+
 def _convolution(module: Any, name: str, shape: Sequence[int]) -> Layout:
     groups = module.groups
     return _grouped(("output", "input"), groups, shape)
@@ -104,15 +116,16 @@ def _recurrent(module: Any, name: str, shape: Sequence[int]) -> Layout:
 
 Rule = Callable[[Any, str, Sequence[int]], Layout]
 
-TABLE: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[str], bool], Rule]] = [
+TABLE: list[tuple[type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool], Callable[[str], bool], Rule]] = [
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), lambda n: n == "weight", _transposed_convolution),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), lambda n: n == "weight", _convolution),
     (nn.Linear, lambda n: n == "weight", _linear),
+    (is_transposed_linear, lambda n: n == "weight", _transposed_linear),
     ((nn.Embedding, nn.EmbeddingBag), lambda n: n == "weight", _embedding),
     (nn.MultiheadAttention, lambda n: n in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"), _attention),
     ((nn.RNNBase, nn.RNNCellBase), lambda n: n.startswith("weight_"), _recurrent),
 ]
-"""Module class, which of its own parameters are weights, and the rule that gives their layout. The first match counts."""
+"""Class (or what tells it), which of its own parameters are weights, and the rule that gives their layout. The first match counts."""
 
 
 def layout_of(module: nn.Module, name: str, shape: Sequence[int] | torch.Size) -> Layout | None:
@@ -124,7 +137,8 @@ def layout_of(module: nn.Module, name: str, shape: Sequence[int] | torch.Size) -
         InputError: the first dimension does not split into the module's groups or stacked matrices, which only a shard's may not.
     """
     for classes, matches, rule in TABLE:
-        if isinstance(module, classes) and matches(name):
+        belongs = isinstance(module, classes) if isinstance(classes, type | tuple) else classes(module)
+        if belongs and matches(name):
             layout = rule(module, name, shape)
             if layout.elements != prod(shape):
                 raise InputError(

@@ -105,7 +105,7 @@ def test_the_processes_have_the_same_zeros_at_every_step(folders):
     first, second = ((folders[2] / "zeros" / rank).read_text().splitlines() for rank in ("0", "1"))
     assert first == second
     assert len(first) >= 2 * STEPS
-    assert len(set(first)) > 5
+    assert len(set(first)) > 3  # dense, the first masks, and two updates
 
 
 def workers(process) -> list[int]:

@@ -232,6 +232,12 @@ def test_a_new_head_is_random_and_anything_else_that_is_missing_is_refused(trans
     assert "its weights do not fit its configuration: mismatched bert.encoder.layer.0.intermediate" in _refused(SST2, folder, data)
 
 
+def test_a_language_model_needs_its_head(transformers, tmp_path, data):
+    config = _config(transformers, "llama", vocab_size=13)
+    folder = _folder(tmp_path, config, tokenizer=_tokenizer(transformers), model=transformers.LlamaModel(config))
+    assert "its weights do not fit its configuration: missing lm_head.weight" in _refused(CHARACTERS, folder, data)
+
+
 def test_a_head_for_other_classes_is_replaced(transformers, tmp_path, data):
     config = _config(transformers, "bert", vocab_size=13, num_labels=5)
     task = adapt(
@@ -305,3 +311,15 @@ def test_nothing_is_printed(transformers, tmp_path, data, capfd):
     logging = transformers.utils.logging
     assert logging.is_progress_bar_enabled()
     assert logging.get_verbosity() == logging.WARNING
+
+
+def test_gpt_2_is_pruned_and_its_flops_are_counted():
+    """Its linear layers are of a class of their own, with transposed weights."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    sparsifier = niwaki.Sparsifier(model, niwaki.method("static_erk", sparsity=0.5), total_steps=1)
+    names = {name.rpartition("h.0.")[2] for name in sparsifier.masks}
+    assert names == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    counted = {layer.name: layer.dense for layer in forward_flops(model, (torch.zeros(1, 16, dtype=torch.long),)).layers}
+    assert counted["transformer.h.0.mlp.c_fc.weight"] == 2 * 16 * 8 * 32

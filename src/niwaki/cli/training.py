@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -88,10 +89,18 @@ _OPTIONS = (
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a training."""
+    """Give a command the options of a training, and join it with the others that torchrun started: their number is one of its choices."""
+
+    @wraps(command)
+    def together(**given: Any) -> None:
+        from niwaki.training import processes
+
+        with processes.joined():
+            command(**given)
+
     for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+        together = option(together)
+    return together
 
 
 def task(given: Mapping[str, Any]) -> Task:
@@ -150,7 +159,7 @@ def carry_out(jobs: Sequence[tuple[Job, Path]], given: Mapping[str, Any], as_jso
     done: list[tuple[Path, Record, bool]] = []
     for job, out in jobs:  # what is wrong with any of them is told before the first one trains
         finished_before(out, job.choices)
-    with processes.joined(), stop_on_signal() as stop:
+    with stop_on_signal() as stop:
         for job, out in jobs:
             again = finished_before(out, job.choices) is not None
             try:

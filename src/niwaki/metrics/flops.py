@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from niwaki.layout import is_transposed_linear
 from niwaki.masks import canonical_name
 
 DEFINITION = (
@@ -172,7 +173,7 @@ def _record(model: nn.Module, call: Callable[[], Any], flops_so_far: Callable[[]
     paths = {id(module): canonical_name(path) for path, module in model.named_modules()}
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, _COUNTED):
+            if isinstance(module, _COUNTED) or is_transposed_linear(module):
                 # Hooks of nested counted layers (the output projection inside attention) never fire: attention bypasses their forward.
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
@@ -195,6 +196,8 @@ def _uses(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: A
     first: Any = args[0] if args else kwargs.get("input")
     if isinstance(module, nn.Linear):
         yield "weight", [output.numel() / module.out_features]
+    elif is_transposed_linear(module):
+        yield "weight", [output.numel() / module.nf]
     elif isinstance(module, _CONVOLUTIONS):
         yield "weight", [output.numel() / module.out_channels]
     elif isinstance(module, _TRANSPOSED):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from niwaki.errors import InputError, did_you_mean
 from niwaki.tasks.digits import DIGITS
@@ -38,7 +37,7 @@ def find(name: str, model: str | None = None) -> Task:
     if source == "hf":
         from niwaki.tasks import huggingface
 
-        return huggingface.adapt(task, Path(rest))
+        return huggingface.adapt(task, rest)
     return task
 
 

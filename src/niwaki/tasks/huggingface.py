@@ -148,10 +148,10 @@ class _Source:
                     local_files_only=True,
                     use_safetensors=True,
                     trust_remote_code=False,
-                    ignore_mismatched_sizes=True,  # of the head; _require_body sees to the rest
+                    ignore_mismatched_sizes=True,  # of the head; _require_weights sees to the rest
                     output_loading_info=True,
                 )
-                self._require_body(model, found)
+                self._require_weights(model, found)
             else:
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
         with _quiet(transformers), _complaining(self.name, "the model does not run on an example"):
@@ -179,16 +179,16 @@ class _Source:
             config.pad_token_id = text.pad_token_id = data.facts["padding"]
         return config
 
-    def _require_body(self, model: Any, found: dict[str, Any]) -> None:
-        """Raise InputError when weights of the body are missing or of another shape; those of the head are expected to be."""
+    def _require_weights(self, model: Any, found: dict[str, Any]) -> None:
+        """Raise InputError when weights are missing or of another shape, except those of a new head and pooler for classification."""
         body = f"{model.base_model_prefix}."
-        for problem in ("missing_keys", "mismatched_keys"):
-            names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found[problem])
-            wrong = [name for name in names if name.startswith(body) and ".pooler." not in name]
-            if wrong:
-                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-                kind = problem.removesuffix("_keys")
-                raise InputError(f"--model {self.name}: its weights do not fit its configuration: {kind} {wrong[0]}{more}")
+        for kind in ("missing", "mismatched"):
+            names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found[f"{kind}_keys"])
+            if self.task.kind == "classification":
+                names = [name for name in names if name.startswith(body) and ".pooler." not in name]
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise InputError(f"--model {self.name}: its weights do not fit its configuration: {kind} {names[0]}{more}")
 
     def _require_blind(self, model: Any, data: Data) -> None:
         """Run the model, and require that no output depends on what it must not see: the next token, or padding.

@@ -166,7 +166,7 @@ def sentence_task(name: str, summary: str = "", *, place: str = "", classes: tup
                 lambda data: Encoder(
                     data.facts["vocabulary"], data.facts["length"], len(data.classes), padding=data.facts["padding"], width=64
                 ),
-                Training(epochs=3, batch_size=64, optimizer="adamw", learning_rate=1e-3, weight_decay=0.01, clip_norm=1.0, warmup=0.1),
+                Training(epochs=2, batch_size=64, optimizer="adamw", learning_rate=1e-3, weight_decay=0.01, clip_norm=1.0, warmup=0.1),
             )
         },
         data=load,

@@ -16,6 +16,7 @@ from niwaki.errors import NiwakiError
 from niwaki.tasks import Data, Examples, Inputs, Task, Training
 
 EVALUATION_BATCH = 512
+"""Examples of a forward pass in evaluation; of text at most those of a training step, as a large vocabulary has large outputs."""
 
 
 def steps_per_epoch(data: Data, training: Training) -> int:
@@ -71,7 +72,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, examples: Examples, classes: bool = False) -> Evaluation:
+def evaluate(model: nn.Module, task: Task, examples: Examples, *, classes: bool = False, batch: int = EVALUATION_BATCH) -> Evaluation:
     """Return every metric of the task on the examples, and with ``classes`` the predicted ones; the model's mode is left as it was.
 
     Raises:
@@ -82,8 +83,8 @@ def evaluate(model: nn.Module, task: Task, examples: Examples, classes: bool = F
     model.eval()
     sums = dict.fromkeys(task.metrics, 0.0)
     predicted = []
-    for begin in range(0, len(examples), EVALUATION_BATCH):
-        inputs, targets = examples[torch.arange(begin, min(begin + EVALUATION_BATCH, len(examples)))]
+    for begin in range(0, len(examples), batch):
+        inputs, targets = examples[torch.arange(begin, min(begin + batch, len(examples)))]
         outputs, targets = forward(model, on(device, inputs)), targets.to(device)
         for name, metric in task.metrics.items():
             sums[name] += float(metric.values(outputs, targets).sum(dtype=torch.float64))

@@ -18,7 +18,7 @@ from niwaki.structured import replay
 from niwaki.tasks import Data, Task
 from niwaki.training.baseline import Baseline
 from niwaki.training.folder import sha256
-from niwaki.training.loop import Evaluation, evaluate, on, targets
+from niwaki.training.loop import Evaluation, on, targets
 from niwaki.training.record import MODEL_FILE, Class, Layer, Measure, Predictions, Results, Storage, Stored
 from niwaki.training.trainer import Trained, Trainer
 
@@ -46,8 +46,8 @@ def results(
     path = folder / MODEL_FILE
     save(sparse, path, masks=masks)
     with_classes = bool(data.classes)
-    before, found = (evaluate(model, task, data.test, classes=with_classes) for model in (dense, sparse))
-    _check_stored(path, plain, trained, task, data, found)
+    before, found = (trainer.evaluate(model, with_classes) for model in (dense, sparse))
+    _check_stored(path, plain, trainer, trained, found)
     accuracy = [one.metrics.get("accuracy") for one in (found, before)]
     example = on(trainer.device, tuple(task.example(data)))
     measured = measure(sparse, example, masks, dense=dense, accuracy=accuracy[0], dense_accuracy=accuracy[1])
@@ -58,7 +58,7 @@ def results(
             *_costs(measured, dense_bytes(dense), path.stat().st_size),
             *_training(trained, baseline),
         ],
-        start_metrics=None if start is None else evaluate(start, task, data.test).metrics,
+        start_metrics=None if start is None else trainer.evaluate(start).metrics,
         layers=[
             Layer(
                 name=one.name,
@@ -84,11 +84,11 @@ def results(
     )
 
 
-def _check_stored(path: Path, plain: nn.Module, trained: Trained, task: Task, data: Data, found: Evaluation) -> None:
+def _check_stored(path: Path, plain: nn.Module, trainer: Trainer, trained: Trained, found: Evaluation) -> None:
     """Load the file into a model with other weights, and require the same masks and metrics."""
     replay(plain, trained.removed)
     loaded = load(path, model=plain)
-    again = evaluate(plain, task, data.test).metrics
+    again = trainer.evaluate(plain).metrics
     if loaded.masks != trained.masks or again != found.metrics:
         raise NiwakiError(f"{path}: the reloaded model differs from the trained one: {again} instead of {found.metrics}")
 

@@ -29,7 +29,17 @@ from niwaki.sparsifier import Sparsifier
 from niwaki.structured import compose, replay, shrink
 from niwaki.tasks import Data, Task, Training
 from niwaki.training import processes
-from niwaki.training.loop import batches, evaluate, learning_rate_factor, make_optimizer, on, order, steps_per_epoch
+from niwaki.training.loop import (
+    EVALUATION_BATCH,
+    Evaluation,
+    batches,
+    evaluate,
+    learning_rate_factor,
+    make_optimizer,
+    on,
+    order,
+    steps_per_epoch,
+)
 from niwaki.training.record import Dynamics, Epoch, Stage
 
 STATISTICS_BATCHES = 16
@@ -307,6 +317,12 @@ class Trainer:
 
     # ------------------------------------------------------------------ an epoch
 
+    def evaluate(self, model: nn.Module, classes: bool = False) -> Evaluation:
+        """Return the metrics of a model on the test examples, and with ``classes`` the predicted ones."""
+        text = self.data.tokens_per_example is not None
+        batch = min(EVALUATION_BATCH, self.training.batch_size) if text else EVALUATION_BATCH
+        return evaluate(model, self.task, self.data.test, classes=classes, batch=batch)
+
     def _averaged(self) -> nn.Module:
         """Return the moving average of the model, masked."""
         assert self.ema is not None
@@ -322,7 +338,7 @@ class Trainer:
         masks = self._current_masks()
         with self.sparsifier.evaluating() if self.sparsifier is not None else nullcontext():
             model = self.model if self.ema is None else self._averaged()
-            found = evaluate(model, self.task, self.data.test) if processes.rank() == 0 else None
+            found = self.evaluate(model) if processes.rank() == 0 else None
         before, self._before = self._before, masks
         moved = None
         if masks.keys() == before.keys() and masks.sparsity:
