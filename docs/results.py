@@ -35,7 +35,7 @@ def table(folder: str) -> str:
             values, changes = setting.values(headline.name), setting.changes(headline.name)
             name = family.first.choices.model if setting is family.dense else setting.name
             cells = [
-                f"{name}, dense" if setting is family.dense else f"`{Path(name).stem}`",
+                f"{name}, dense" if setting is family.dense else f"`{name}`",
                 "0" if setting is family.dense else f"{100 * setting.sparsity:.4g} %",
                 _mean(values, headline.unit),
                 "" if setting is family.dense else _change(changes, headline.unit),

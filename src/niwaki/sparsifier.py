@@ -30,7 +30,7 @@ from niwaki.granularity import Element
 from niwaki.growth import DropAndGrow, NoGrowth
 from niwaki.layout import Layout
 from niwaki.masked import MaskedTensor
-from niwaki.masks import Masks, canonical_name, local, shard
+from niwaki.masks import Masks, canonical_name, equals_zero, local, shard
 from niwaki.metrics.flops import weight_uses
 from niwaki.own_parameters import add_own_parameters
 from niwaki.ranks import require_same
@@ -541,6 +541,7 @@ class Sparsifier:
 
     # ------------------------------------------------------------------ checkpoints
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs besides the model's and the optimizers' own state: tensors, numbers and text.
 
@@ -558,6 +559,7 @@ class Sparsifier:
             "step": self.step,
             "selected_at": self._selected_at,
             "notes": list(self.notes),
+            "active_zeros": self._active_zeros({name: tensor.pruned for name, tensor in self._tensors.items()}),
             "tensors": {name: tensor.state_dict() for name, tensor in self._tensors.items()},
         }
 
@@ -571,7 +573,8 @@ class Sparsifier:
         version = state.get("version") if isinstance(state, Mapping) else None
         if version != 1:
             raise InputError(f"load_state_dict: version {version!r} is unknown; this is version 1")
-        for field, kind in {"recipe": str, "seed": int, "step": int, "notes": list, "tensors": Mapping}.items():
+        fields = {"recipe": str, "seed": int, "step": int, "notes": list, "active_zeros": int, "tensors": Mapping}
+        for field, kind in fields.items():
             if not isinstance(state.get(field), kind):
                 raise InputError(f"load_state_dict: the state is damaged: {field!r} is missing or of the wrong kind")
         if state["recipe"] != self.recipe.to_yaml():
@@ -583,7 +586,8 @@ class Sparsifier:
             odd = sorted(set(theirs) ^ set(mine))
             raise InputError(f"load_state_dict: the state belongs to another model; {odd[0]} is a target of only one of them")
         loaded = {name: mine[name].read(saved) for name, saved in theirs.items()}
-        self._refuse_pruned_weights(loaded)
+        if not (self.recipe.relaxation.keeps_dense_weights or self._selected_at is None or self.step):
+            self._refuse_pruned_weights(loaded, state["active_zeros"])
         for name, saved in theirs.items():
             mine[name].load_state_dict(saved, loaded[name])
         self.step, self._selected_at, self.notes = state["step"], state["selected_at"], list(state["notes"])
@@ -591,23 +595,19 @@ class Sparsifier:
         self._look_ahead()
         self._announce()
 
-    def _refuse_pruned_weights(self, loaded: Mapping[str, Masks]) -> None:
+    def _refuse_pruned_weights(self, loaded: Mapping[str, Masks], zeros: int) -> None:
         """Refuse a model that was loaded before this sparsifier was built: its first mask has already cut active weights away."""
-        if self.recipe.relaxation.keeps_dense_weights or self._selected_at is None or self.step:
-            return
-        lost = alive = 0
-        for name, tensor in self._tensors.items():
-            if tensor.pruned is None or "pruned" not in loaded[name]:
-                continue
-            cut = tensor.pruned & ~loaded[name]["pruned"].to(tensor.pruned.device)
-            values = tensor.weight[cut]
-            lost += int((values == 0).sum())
-            alive += int((values != 0).sum())
-        if lost and not alive:
+        if self._active_zeros({name: masks.get("pruned") for name, masks in loaded.items()}) > zeros:
             raise InputError(
                 "load_state_dict: the model's active weights are zero where a new sparsifier prunes; load the model's weights after"
                 " building the sparsifier, not before"
             )
+
+    def _active_zeros(self, pruned: Mapping[str, Tensor | None]) -> int:
+        """Return how many weights are zero and not pruned by these masks."""
+        zeros = {name: equals_zero(tensor.weight) for name, tensor in self._tensors.items()}
+        masks = {name: torch.zeros_like(zero) if (mask := pruned[name]) is None else mask.to(zero.device) for name, zero in zeros.items()}
+        return sum(int((zero & ~masks[name]).sum()) for name, zero in zeros.items())
 
     # ------------------------------------------------------------------ small helpers
 

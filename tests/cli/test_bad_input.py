@@ -1,15 +1,18 @@
 """Bad input: one line that says what, where and what would be right, exit 2, nothing written or lost."""
 
 import pytest
+import torch
+from cli.driving import TASK
+from safetensors.torch import save_file
 
 RUN = ("run", "gmp", "--task", "digits", "--out", "out")
+PRUNE = ("prune", "gmp", "--task", "digits", "--out", "out")
 
 CASES = {
     "unknown command": (("rnu",), "did you mean 'run'?"),
     "unknown nested command": (("bench", "upkep"), "did you mean 'upkeep'?"),
     "no method": (("run",), "Missing argument 'METHOD'"),
-    "no task": (("run", "gmp", "--out", "out"), "--task is missing; choices: digits"),
-    "no folder": (("run", "gmp", "--task", "digits"), "--out is missing"),
+    "no task": (("run", "gmp", "--out", "out"), "--task: missing; choices: digits"),
     "too many arguments": ((*RUN, "more"), "unexpected extra argument"),
     "unknown option": ((*RUN, "--sparsty", "0.9"), "did you mean '--sparsity'?"),
     "unknown method": (("run", "rigel", "--task", "digits", "--out", "out"), "did you mean 'rigl'?"),
@@ -49,10 +52,42 @@ CASES = {
     "a record that is too deep": (("compare", "deep"), "cannot be read as JSON"),
     "a benchmark without a name": (("bench",), "Missing command"),
     "unknown network": (("bench", "upkeep", "--network", "resnet"), "did you mean 'resnet20'?"),
+    "unknown setting": ((*RUN, "--set", "learning_rat=0.1"), "did you mean 'learning_rate'?"),
+    "setting without a value": ((*RUN, "--set", "learning_rate"), "--set: 'learning_rate' is no KEY=VALUE"),
+    "setting out of range": ((*RUN, "--set", "learning_rate=-1"), "--set: learning_rate: "),
+    "setting that is no number": ((*RUN, "--set", "batch_size=many"), "--set: batch_size: "),
+    "setting that is no choice": ((*RUN, "--set", "precision=float8"), "'float32', 'bfloat16' or 'float16'"),
+    "batch larger than the data": ((*RUN, "--set", "batch_size=1443"), "batch_size=1443 is more than the 1,442 training examples"),
+    "no seeds": ((*RUN, "--seeds", "0"), "--seeds"),
+    "checkpoints in the future": ((*RUN, "--checkpoint-every", "-1"), "--checkpoint-every"),
+    "baselines in a file": ((*RUN, "--baselines", "later.yaml"), "Directory 'later.yaml' is a file"),
+    "task without its data": (("run", "gmp", "--task", "mnist", "--out", "out"), "--data DIR or NIWAKI_DATA"),
+    "data folder that is not there": (
+        ("run", "gmp", "--task", "cifar10", "--data", "none", "--out", "out"),
+        "none: there is no such folder",
+    ),
+    "data file that is damaged": (("run", "gmp", "--task", "mnist", "--data", "data", "--out", "out"), "train-images-idx3-ubyte"),
+    "task file that is not there": (("run", "gmp", "--task", "tusk.py:task", "--out", "out"), "did you mean 'task.py'?"),
+    "task that is not in its file": (("run", "gmp", "--task", "task.py:tusk", "--out", "out"), "did you mean 'task'?"),
+    "wrong labels": (("run", "gmp", "--task", "labels.py:task", "--out", "out"), "labels from 0 to 1, and 1 classes"),
+    "no examples": (("run", "gmp", "--task", "none.py:task", "--out", "out"), "has no test examples"),
+    "weights that are not there": ((*RUN, "--from", "none.safetensors"), "--from: none.safetensors is no file"),
+    "weights that are none": ((*RUN, "--from", "later.yaml"), "later.yaml: not a valid safetensors file"),
+    "weights of another model": ((*RUN, "--from", "other.safetensors"), "other.safetensors"),
+    "pruning of nothing": (PRUNE, "Missing option '--from'"),
+    "pruning by how much": (
+        ("prune", "no_sparsity.yaml", "--task", "digits", "--from", "other.safetensors"),
+        "does not say how much; give --sparsity",
+    ),
+    "pruning in stages": (("prune", "lottery_ticket", "--task", "digits", "--from", "other.safetensors"), "has stages"),
+    "rounds without epochs": ((*PRUNE, "--from", "other.safetensors", "--sparsity", "0.9", "--rounds", "2"), "--rounds: "),
+    "pruning where strength decides": (("prune", "str", "--task", "digits", "--from", "other.safetensors", "--sparsity", "0.5"), "'str'"),
+    "a record of before": (("compare", "old"), "its schema is 'niwaki.run/1', this version reads 'niwaki.run/2'"),
 }
 
 FILES = {
     "component.yaml": "sparsity: 0.5\nsaliency: magnitud\n",
+    "no_sparsity.yaml": "saliency: magnitude\n",
     "field.yaml": "sparsity: 0.5\nsalience: magnitude\n",
     "broken.yaml": "sparsity: [0.5\n",
     "later.yaml": "sparsity: 0.5\nsaliency: woodfisher\n",
@@ -61,15 +96,29 @@ FILES = {
     "block.yaml": "sparsity: 0.5\ngranularity: {block: {rows: 7, columns: 1}}\n",
     "foreign/thesis.tex": "years of work",
     "deep/run.json": "[" * 100_000,
+    "old/run.json": '{"schema": "niwaki.run/1"}',
+    "data/mnist/train-images-idx3-ubyte": "not an image",
+    "data/mnist/train-labels-idx1-ubyte": "not a label",
+    "task.py": TASK,
+    "labels.py": TASK.replace('classes=("no", "yes")', 'classes=("no",)'),
+    "none.py": TASK.replace("inputs[480:], labels[480:]", "inputs[600:], labels[600:]"),
 }
+
+
+def contents(folder):
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if "__pycache__" not in name}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_exit_2_nothing_written(name, niwaki_command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NIWAKI_DATA", raising=False)
     for file, text in FILES.items():
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / file).write_text(text)
+    save_file({"1.weight": torch.ones(3, 3)}, tmp_path / "other.safetensors")
+    before = contents(tmp_path)
     arguments, said = CASES[name]
     outcome = niwaki_command(*arguments)
     assert outcome.code == 2
@@ -78,5 +127,4 @@ def test_one_line_exit_2_nothing_written(name, niwaki_command, tmp_path, monkeyp
     assert said in outcome.err
     assert outcome.err.count("\n") == 1
     assert outcome.err.endswith("\n")
-    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == FILES
+    assert contents(tmp_path) == before

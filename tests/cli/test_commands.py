@@ -279,6 +279,9 @@ def test_compare_writes_a_report(niwaki_command, tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     assert str(tmp_path / "page.html") in outcome.out
     assert (tmp_path / "page.html").read_text().lower().startswith("<!doctype html>")
+    nowhere = niwaki_command("compare", tmp_path / "gmp", "--report", tmp_path / "none" / "page.html")
+    assert (nowhere.code, nowhere.out) == (2, "")
+    assert "page.html: cannot be written" in nowhere.err
 
 
 def test_an_unfinished_run_is_not_compared(niwaki_command, tmp_path):

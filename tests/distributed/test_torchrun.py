@@ -88,17 +88,20 @@ def test_two_processes_do_what_one_does(folders):
     for history in ("dense_history", "sparse_history"):
         first, second = (run["results"][history] for run in (one, two))
         assert len(first) == len(second) == 30
-        early = slice(0, 2)  # rounding grows with the steps
-        losses = [[epoch["train_loss"] for epoch in epochs[early]] for epochs in (first, second)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-        assert [epoch["step"] for epoch in first] == [epoch["step"] for epoch in second]
-        assert [epoch["sparsity"] for epoch in first] == [epoch["sparsity"] for epoch in second]
+        for fact in ("step", "sparsity", "learning_rate"):
+            assert [epoch[fact] for epoch in first] == [epoch[fact] for epoch in second]
     for name in ("sparsity of the targets", "forward FLOPs", "training FLOPs"):
         values = [next(m["sparse"] for m in run["results"]["measures"] if m["name"] == name) for run in (one, two)]
         assert values[0] == values[1]
-    dense = [load_file(next(folders[number].glob("run/../.baselines/*/model.safetensors"))) for number in (1, 2)]
+    dense = [load_file(next(folders[number].glob(".baselines/*/model.safetensors"))) for number in (1, 2)]
     for name, weight in dense[0].items():
         assert (weight - dense[1][name]).norm() < 0.02 * weight.norm()
+
+
+@pytest.mark.xfail(strict=True, reason="the loss that is recorded, and checked for NaN, is that of the first process's part of each batch")
+def test_the_training_loss_is_that_of_the_whole_batch(folders):
+    losses = [[epoch["train_loss"] for epoch in essence(folders[number] / "run")["results"]["dense_history"]] for number in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_the_processes_have_the_same_zeros_at_every_step(folders):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+import niwaki
 from niwaki.recipe import Recipe
 from niwaki.tasks import Data, Metric, Model, Task, Training
-from niwaki.training import checkpoint
+from niwaki.training import Job, checkpoint, job
 from niwaki.training.trainer import Interrupted, Trained, Trainer
 
 ACCURACY = Metric(lambda outputs, targets: outputs.argmax(1) == targets, "share of right answers")
@@ -80,6 +81,18 @@ def trainer(text: str | None = None, *, task: Task | None = None, model: str | N
     return Trainer(task.build(name, data, seed), task, data, training, seed, asked, task.build(name, data, seed + 1).eval())
 
 
+def make(task: Task, method: str = "gmp", sparsity: float | None = 0.75, seed: int = 0, recipe: Recipe | None = None, **given: Any) -> Job:
+    """Return the job of a method or a recipe; what is given is an argument of ``job``, or a setting of the training."""
+    recipe = recipe or niwaki.method(method, sparsity=sparsity)
+    arguments = {name: given.pop(name) for name in ("start", "kind", "model") if name in given}
+    return job(task, recipe, method=method, seed=seed, training=given, **arguments)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return all files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of a model's state."""
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -102,10 +115,3 @@ def in_sittings(make: Callable[[], Trainer], file: Path, steps: int) -> tuple[Tr
         except Interrupted:
             continue
     raise AssertionError("it never ends")
-
-
-def captured(trainer: Trainer) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Train, and yield after every step the number of steps and a copy of the model's state."""
-    heard: list[tuple[int, dict[str, Tensor]]] = []
-    trainer.run(progress=lambda step, total, epoch: heard.append((step, weights(trainer.model))))
-    yield from heard

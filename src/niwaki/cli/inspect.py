@@ -199,7 +199,7 @@ def _about(record: Record | None) -> list[str]:
     from niwaki.metrics.units import show
 
     choices = record.choices
-    about = [choices.task, choices.model, choices.method, f"seed {choices.seed}"]
+    about = [choices.task, choices.model, choices.method_name, f"seed {choices.seed}"]
     if record.results is None:
         return [*about, "not finished"]
     headline = record.headline

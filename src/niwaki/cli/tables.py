@@ -66,7 +66,7 @@ def print_run(record: Record, folder: Path, again: bool, definitions: bool) -> N
         row = [show(measure.dense, measure.unit), show(measure.sparse, measure.unit), change(measure)]
         table.add_row(measure.name, *row, style="bold" if measure is found.measures[0] else None)
     out = console()
-    out.print(_heading(record.choices.method, _about(record)))
+    out.print(_heading(record.choices.method_name, _about(record)))
     out.print(table)
     if definitions:
         out.print(_defined((measure.name, measure.definition) for measure in shown))
@@ -105,7 +105,7 @@ def print_comparison(runs: Sequence[tuple[str, Record]], definitions: bool) -> N
         if len(seeds) > 1:
             notes.append(f"mean ± standard deviation over seeds; change: of {first.name}, to the dense model of the same seed")
         for setting in family.settings:
-            if setting.name != setting.runs[0][1].choices.method:  # one of several that differ in other choices
+            if setting.name != setting.runs[0][1].choices.method_name:  # one of several that differ in other choices
                 notes.append(f"{setting.title}: {', '.join(label for label, _ in setting.runs)}")
         out.print(Text("\n".join(["", *notes]), style="dim"))
         if definitions:
@@ -145,7 +145,7 @@ def print_plan(job: Job, plans: Sequence[tuple[Leaf, Plan]]) -> None:
     """Print what each stage of a recipe would do: which tensor, how much, when and why, and what is left out and why."""
     out = console()
     length = f"{job.steps_per_epoch:,} steps an epoch, {job.training.epochs} epochs a run"
-    out.print(_heading(job.choices.method, f"dry run · {job.task.name} · {job.model} · {length}"))
+    out.print(_heading(job.choices.method_name, f"dry run · {job.task.name} · {job.model} · {length}"))
     for leaf, plan in plans:
         if len(plans) > 1:
             out.print(Text(f"\n{leaf.says}\n", style="bold"))

@@ -72,7 +72,7 @@ _OPTIONS = (
     ),
     click.option(
         "--baselines",
-        type=click.Path(path_type=Path),
+        type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
         help="Where dense baselines are kept; by default .baselines beside --out.",
     ),
@@ -142,7 +142,7 @@ def folder(job: Job, out: Path | None) -> Path:
     if out is not None:
         return out
     choices = job.choices
-    words = [choices.task, choices.model, Path(choices.method).stem]
+    words = [choices.task, choices.model, choices.method_name]
     name = "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in word) for word in words)
     return Path("runs") / f"{name}-{choices.identity()[:10]}"
 

@@ -130,7 +130,7 @@ def families(runs: Sequence[Labelled]) -> list[Family]:
 
 def _family(members: Sequence[Labelled]) -> Family:
     by_seed = sorted(members, key=lambda run: run[1].choices.seed)
-    settings = [Setting(group[0][1].choices.method, tuple(group)) for group in _grouped(by_seed, _setting).values()]
+    settings = [Setting(group[0][1].choices.method_name, tuple(group)) for group in _grouped(by_seed, _setting).values()]
     baselines = {record.choices.baseline(): (label, record) for label, record in reversed(by_seed)}
     return Family(
         settings=tuple(sorted(_told_apart(settings), key=lambda setting: (setting.name, setting.sparsity))),
@@ -139,7 +139,7 @@ def _family(members: Sequence[Labelled]) -> Family:
 
 
 def _setting(run: Labelled) -> Hashable:
-    return _without_seed(run[1]).identity(), run[1].choices.method
+    return _without_seed(run[1]).identity(), run[1].choices.method_name
 
 
 def _without_seed(record: Record) -> Choices:

@@ -49,7 +49,7 @@ def run_report(record: Record) -> str:
     choices = record.choices
     what = "trained dense and sparse" if choices.kind == "run" else "a trained model, pruned"
     return page(
-        f"{choices.method} on {choices.task} · {choices.model}",
+        f"{choices.method_name} on {choices.task} · {choices.model}",
         f"{what} · seed {choices.seed} · run {record.identity[:12]}",
         headline(_big(record)),
         section("Numbers", _numbers(found.measures), _start(found), about="What was measured on the dense and on the sparse model."),

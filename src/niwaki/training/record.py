@@ -189,6 +189,11 @@ class Choices(_Part):
     processes: int = 1
     training: Training
 
+    @property
+    def method_name(self) -> str:
+        """What people call the recipe: the name of the method, or that of its file without folder and ending."""
+        return Path(self.method).stem if Path(self.method).suffix in (".yaml", ".yml") else self.method
+
     def identity(self) -> str:
         """Return the SHA-256 of the choices (without names of methods and files: their contents say it all), in hexadecimal digits."""
         return self._hash(exclude={"method": True, "start": {"file"}})
