@@ -75,10 +75,7 @@ CASES = {
     "weights that are none": ((*RUN, "--from", "later.yaml"), "later.yaml: not a valid safetensors file"),
     "weights of another model": ((*RUN, "--from", "other.safetensors"), "other.safetensors"),
     "pruning of nothing": (PRUNE, "Missing option '--from'"),
-    "pruning by how much": (
-        ("prune", "no_sparsity.yaml", "--task", "digits", "--from", "other.safetensors"),
-        "does not say how much; give --sparsity",
-    ),
+    "pruning without a ranking": (("prune", "str", "--task", "digits", "--from", "other.safetensors"), "str does not rank weights"),
     "pruning in stages": (("prune", "lottery_ticket", "--task", "digits", "--from", "other.safetensors"), "has stages"),
     "rounds without epochs": ((*PRUNE, "--from", "other.safetensors", "--sparsity", "0.9", "--rounds", "2"), "--rounds: "),
     "pruning where strength decides": (("prune", "str", "--task", "digits", "--from", "other.safetensors", "--sparsity", "0.5"), "'str'"),
@@ -87,7 +84,6 @@ CASES = {
 
 FILES = {
     "component.yaml": "sparsity: 0.5\nsaliency: magnitud\n",
-    "no_sparsity.yaml": "saliency: magnitude\n",
     "field.yaml": "sparsity: 0.5\nsalience: magnitude\n",
     "broken.yaml": "sparsity: [0.5\n",
     "later.yaml": "sparsity: 0.5\nsaliency: woodfisher\n",

@@ -196,11 +196,19 @@ def test_a_dry_run_shows_every_stage(niwaki_command, in_folder):
         "- {for: 1 epochs, sparsity: 0.5, schedule: one_shot}\n- {for: 1 epochs, sparsity: 0.75, schedule: one_shot}\n"
     )
     data = json.loads(niwaki_command("run", "staged.yaml", *QUICK, "--dry-run", "--json").out)
-    kept = [(stage["stage"], stage["tensors"][0]["keep"]) for stage in data["stages"]]
-    assert kept == [(2, 9600), (3, 4800)]
+    kept = [(stage["stage"], [tensor["keep"] for tensor in stage.get("tensors", [])]) for stage in data["stages"]]
+    assert kept == [(1, []), (2, [9600, 15000]), (3, [4800, 7500])]
     shown = niwaki_command("run", "staged.yaml", *QUICK, "--dry-run").out
     assert "9,600" in shown
     assert "4,800" in shown
+
+
+def test_a_dry_run_of_stages_that_only_prune(niwaki_command, in_folder):
+    (in_folder / "ticket.yaml").write_text("stages: [{repeat: 2, stages: [{for: 1 run}, {prune: {fraction: 0.2, saliency: magnitude}}]}]")
+    outcome = niwaki_command("run", "ticket.yaml", *QUICK, "--dry-run")
+    assert (outcome.code, outcome.err) == (0, "")
+    for line in ("stage 1.1, round 1 of 2: train for 1 run", "stage 1.2, round 2 of 2: prune 20 % of what is active"):
+        assert line in outcome.out
 
 
 # -- prune -----------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def prune(method: str, rounds: int, as_json: bool, **options: Any) -> None:
     if recipe.stages is not None:
         raise InputError(f"prune: {method} has stages, which are for niwaki run; choose a method without")
     if recipe.final_sparsity is None:
-        raise InputError(f"prune: {method} does not say how much; give --sparsity")
+        raise InputError(f"prune: {method} does not rank weights to a given sparsity; choose a method that does, such as magnitude")
     epochs = options["epochs"] or 0
     if rounds > 1 and not epochs:
         raise InputError("--rounds: there is fine-tuning before each round; say its whole length with --epochs")

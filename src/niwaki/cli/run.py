@@ -55,13 +55,16 @@ def run(method: str, cut: bool, seeds: int | None, dry_run: bool, as_json: bool,
 
 def show_plan(job: Any, method: str, as_json: bool) -> None:
     """Print what a run would do."""
-    plans = job.plans()
-    if not plans:
+    from niwaki.recipe.stages import unroll
+
+    plans = {leaf.number: plan for leaf, plan in job.plans()}
+    stages = [(leaf, plans.get(leaf.number)) for leaf in unroll(job.recipe)]
+    if not any(plan is not None or leaf.prune is not None for leaf, plan in stages):
         raise InputError(f"{method}: no stage of this recipe masks anything")
     if as_json:
-        stages = [{"stage": leaf.number, "says": leaf.says, **plan.to_data()} for leaf, plan in plans]
-        print_json({"choices": job.choices.model_dump(mode="json"), "steps_per_epoch": job.steps_per_epoch, "stages": stages})
+        said = [{"stage": leaf.number, "says": leaf.says, **({} if plan is None else plan.to_data())} for leaf, plan in stages]
+        print_json({"choices": job.choices.model_dump(mode="json"), "steps_per_epoch": job.steps_per_epoch, "stages": said})
         return
     from niwaki.cli.tables import print_plan
 
-    print_plan(job, plans)
+    print_plan(job, stages)

@@ -141,14 +141,17 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return mean if around is None else f"{mean.removesuffix(' %')} ± {show(around, unit)}"
 
 
-def print_plan(job: Job, plans: Sequence[tuple[Leaf, Plan]]) -> None:
-    """Print what each stage of a recipe would do: which tensor, how much, when and why, and what is left out and why."""
+def print_plan(job: Job, stages: Sequence[tuple[Leaf, Plan | None]]) -> None:
+    """Print the stages of a recipe, and of those that mask while they train: which tensor, how much, when and why, what is left out and why."""
     out = console()
     length = f"{job.steps_per_epoch:,} steps an epoch, {job.training.epochs} epochs a run"
     out.print(_heading(job.choices.method_name, f"dry run · {job.task.name} · {job.model} · {length}"))
-    for leaf, plan in plans:
-        if len(plans) > 1:
-            out.print(Text(f"\n{leaf.says}\n", style="bold"))
+    plans = [plan for _, plan in stages if plan is not None]
+    for leaf, plan in stages:
+        if len(stages) > 1:
+            out.print(Text(leaf.says if plan is None else f"\n{leaf.says}\n", style="bold"))
+        if plan is None:
+            continue
         out.print(_planned(plan))
         out.print(Text.assemble("\n", ("masks are updated: ", "bold"), plan.when()))
         for reason, names in _by_reason((one.name, one.reason) for one in plan.left_out).items():
@@ -158,7 +161,7 @@ def print_plan(job: Job, plans: Sequence[tuple[Leaf, Plan]]) -> None:
         slot, _, rest = line.partition(": ")
         words.add_row(Text(slot, style="bold dim"), Text(rest, style="dim"))
     out.print(Padding(words, (1, 0)))
-    for note in dict.fromkeys(note for _, plan in plans for note in plan.notes):
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         out.print(Text(f"note: {note}", style="yellow"))
     out.print(Text("Nothing was trained or written."))
 

@@ -28,6 +28,13 @@ Progress = Callable[[str, int, int, "Epoch | None"], None]
 PROGRESS_WIDTH = 100
 """Columns of a terminal that progress bars use at most."""
 
+
+def _seed(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    if not 0 <= value < 2**63:
+        raise click.BadParameter(f"{value} is not in the range from 0 to 2^63 - 1", context, parameter)
+    return value
+
+
 _OPTIONS = (
     click.option(
         "--task",
@@ -50,7 +57,8 @@ _OPTIONS = (
     ),
     click.option(
         "--seed",
-        type=click.IntRange(min=0, max=2**63 - 1),
+        type=int,
+        callback=_seed,
         default=0,
         show_default=True,
         metavar="K",
