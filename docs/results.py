@@ -19,7 +19,7 @@ COLUMNS = (("file size", "file"), ("forward FLOPs", "FLOPs of a forward pass"), 
 
 def fill(markdown: str) -> str:
     """Return a page with every ``<!-- results: FOLDER --> ... <!-- end -->`` filled with the table of that folder in results/."""
-    return MARKER.sub(lambda found: f"<!-- results: {found['folder']} -->\n{table(found['folder'])}\n<!-- end -->", markdown)
+    return MARKER.sub(lambda found: f"<!-- results: {found['folder']} -->\n\n{table(found['folder'])}\n\n<!-- end -->", markdown)
 
 
 def table(folder: str) -> str:
