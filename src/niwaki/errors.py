@@ -5,7 +5,19 @@ from collections.abc import Iterable
 
 
 class NiwakiError(Exception):
-    """Something ran and failed; the command line exits with 1."""
+    """Something ran and failed; the command line exits with 1.
+
+    Attributes:
+        details: the traceback of a user's own code, where that raised the error; it ends with a line break.
+    """
+
+    details = ""
+
+    def told_as(self, message: str) -> "NiwakiError":
+        """Return the error of a run with another message, and these details."""
+        error = NiwakiError(message)
+        error.details = self.details
+        return error
 
 
 class InputError(NiwakiError, ValueError):

@@ -35,6 +35,16 @@ def require_same(masks: Mapping[str, Tensor], step: int) -> None:
             )
 
 
+def mean(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over the ranks."""
+    world = world_size()
+    if world == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / world
+
+
 def average_(tensors: list[Tensor]) -> None:
     """Average tensors over the ranks, in place."""
     world = world_size()

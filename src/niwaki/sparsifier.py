@@ -25,7 +25,7 @@ from niwaki.binding import active_pieces, bind
 from niwaki.calibration import forward, loss_gradients, preserved
 from niwaki.clock import Clock
 from niwaki.errors import InputError
-from niwaki.gradient import Superset
+from niwaki.gradient import Dense, Superset
 from niwaki.granularity import Element
 from niwaki.growth import DropAndGrow, NoGrowth
 from niwaki.layout import Layout
@@ -210,8 +210,16 @@ class Sparsifier:
 
     @property
     def needs_dense_gradient(self) -> bool:
-        """Whether the coming step's gradients are those of all weights, for an update that ranks by them."""
-        return self._dense_gradient_next
+        """Whether the coming step uses the gradients of all weights: for an update that ranks by them, or because all of them learn."""
+        relaxation = self.recipe.relaxation
+        scored = relaxation.has_scores and not relaxation.decides
+        return self._dense_gradient_next or (relaxation.keeps_dense_weights and (scored or isinstance(self.recipe.gradient, Dense)))
+
+    @property
+    def learning(self) -> Masks:
+        """Which weights learn between updates: the active ones, or those of a superset."""
+        blocked = {name: t.pruned if t.blocked is None else t.blocked for name, t in self._tensors.items()}
+        return Masks({name: t.in_parameter_shape(t.kept(blocked[name])).clone() for name, t in self._tensors.items()})
 
     @property
     def ever_active_share(self) -> float:

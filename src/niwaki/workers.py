@@ -273,7 +273,7 @@ def serve(target: str, descriptor: int) -> None:
         except Busy:
             say("interrupted" if stopped else "busy")
         except NiwakiError as error:
-            say("failed", _one_line(str(error)), detail=getattr(error, "details", ""), seconds=time.monotonic() - begin)
+            say("failed", _one_line(str(error)), detail=error.details, seconds=time.monotonic() - begin)
         except (Exception, SystemExit) as error:
             words = _one_line(traceback.format_exception_only(error)[-1])
             say("failed", words, detail=traceback.format_exc(), seconds=time.monotonic() - begin)

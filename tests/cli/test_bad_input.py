@@ -79,6 +79,24 @@ CASES = {
     "pruning in stages": (("prune", "lottery_ticket", "--task", "digits", "--from", "other.safetensors"), "has stages"),
     "rounds without epochs": ((*PRUNE, "--from", "other.safetensors", "--sparsity", "0.9", "--rounds", "2"), "--rounds: "),
     "pruning where strength decides": (("prune", "str", "--task", "digits", "--from", "other.safetensors", "--sparsity", "0.5"), "'str'"),
+    "pruning in stages to a sparsity": (
+        ("prune", "lottery_ticket", "--task", "digits", "--from", "other.safetensors", "--sparsity", "0.5"),
+        "stages, which are for niwaki run",
+    ),
+    "pruning by scores that are learned": (
+        ("prune", "movement", "--task", "digits", "--from", "other.safetensors"),
+        "movement learns its scores by training",
+    ),
+    "epochs twice": ((*RUN, "--epochs", "2", "--set", "epochs=3"), "--set: epochs stands twice"),
+    "epochs of pruning twice": (
+        (*PRUNE, "--from", "other.safetensors", "--epochs", "2", "--set", "epochs=3"),
+        "--set: epochs stands twice",
+    ),
+    "rounds with no epochs in a setting": ((*PRUNE, "--from", "other.safetensors", "--rounds", "2", "--set", "epochs=0"), "--rounds: "),
+    "a folder as method": (("run", ".", "--task", "digits"), "METHOD is a name that `niwaki methods` lists, or a YAML file"),
+    "seeds in the folder of a run": (("run", "gmp", "--task", "digits", "--out", "old", "--seeds", "2"), "--out: old holds a run"),
+    "a report in place of the record": (("compare", "old", "--report", "old/run.json"), "--report: old/run.json does not end in .html"),
+    "a record to inspect": (("inspect", "old/run.json"), "old/run.json: this is JSON; give the run's folder"),
     "a record of before": (("compare", "old"), "its schema is 'niwaki.run/1', this version reads 'niwaki.run/2'"),
 }
 

@@ -48,4 +48,4 @@ def test_every_file_and_command_of_the_tutorial_works(tmp_path):
     assert f"accuracy {accuracy['sparse']:.4f}" in printed  # of the file, loaded in plain PyTorch
     for page in ("runs/gmp/report.html", "runs/comparison.html", "runs/sweep/report.html"):
         assert (place / page).read_text(encoding="utf-8").rstrip().endswith("</html>")
-    assert len(list((place / "runs" / "sweep").glob("gmp-*/run.json"))) == 18
+    assert len(list((place / "runs" / "sweep").glob("gmp-*/run.json"))) == 24

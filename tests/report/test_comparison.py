@@ -32,6 +32,14 @@ def of(runs, method: str, sparsity: float) -> list[Record]:
     return [one for label, one in runs if label.startswith(f"{method}-{sparsity}-")]
 
 
+def with_accuracy(one: Record, accuracy: float) -> Record:
+    """Return a run whose sparse model is so accurate."""
+    measures = [
+        measure.model_copy(update={"sparse": accuracy}) if measure.name == "accuracy" else measure for measure in one.results.measures
+    ]
+    return one.model_copy(update={"results": one.results.model_copy(update={"measures": measures})})
+
+
 def find_row(page: Page, table: str, *begin: str) -> int:
     """Return the number of the row that begins so."""
     rows = [tuple(text if value is None else value for text, value in row[: len(begin)]) for row in page.tables[table][1:]]
@@ -76,13 +84,37 @@ def test_limits_are_those_of_the_means(runs, page):
     for row, method in enumerate(("gmp", "rigl")):
         means = {s: fmean(one.headline.sparse for one in of(runs, method, s)) for s in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)}
         for points in (1, 5):
-            name = f"slack at {points} point{'s' * (points > 1)}"
-            slack = max(sparsity for sparsity, mean in means.items() if mean >= dense - points / 100)
-            assert float(page.column("part1-limits", name)[row]) == slack
+            name = f"slack at {points} point{'s' * (points > 1)}, of all parameters"
+            spared = max(sparsity for sparsity, mean in means.items() if mean >= dense - points / 100)
+            slack = fmean(one.measure("sparsity of all parameters").sparse for one in of(runs, method, spared))
+            assert slack != pytest.approx(spared, abs=1e-4)
+            assert float(page.column("part1-limits", name)[row]) == pytest.approx(slack)
         assert float(page.column("part1-limits", "best at sparsity")[row]) == max(means, key=means.__getitem__)
         begins = float(page.column("part1-limits", "C begins")[row])
         collapsed = [sparsity for sparsity, mean in means.items() if mean < dense - 0.01]
         assert min(collapsed) > begins > max(means.keys() - collapsed)
+
+
+def test_a_limit_that_no_sparsity_reaches_lies_beyond_the_last():
+    dense = record().headline.dense
+    runs = [(str(s), with_accuracy(record(sparsity=s), a)) for s, a in ((0.5, dense + 0.01), (0.9, dense), (0.98, dense - 0.004))]
+    page = Page(comparison_report(runs))
+    assert float(page.column("part1-limits", "A ends")[0]) == pytest.approx(0.94)
+    assert page.column("part1-limits", "C begins") == ["beyond 98 %"]
+    page = Page(comparison_report([*runs[:2], ("0.95", with_accuracy(record(sparsity=0.95), dense))]))
+    assert page.column("part1-limits", "A ends") == page.column("part1-limits", "C begins") == ["beyond 95 %"]
+    page = Page(comparison_report(runs[:2]))  # too few to tell
+    assert page.column("part1-limits", "A ends") == page.column("part1-limits", "C begins") == [""]
+
+
+def test_methods_at_one_sparsity_have_no_curve_and_no_limits():
+    runs = [(f"{method}{seed}", record(method, seed=seed)) for method in ("gmp", "rigl") for seed in range(2)]
+    page = Page(comparison_report(runs))
+    assert "Accuracy over sparsity" not in page.headings
+    assert "part1-limits" not in page.tables
+    page = Page(comparison_report([*runs, ("more", record(sparsity=0.5))]))
+    assert "Accuracy over sparsity" in page.headings
+    assert page.column("part1-limits", "method") == ["gmp", "rigl"]
 
 
 def test_efficiency_is_accuracy_by_active_parameters(runs, page):

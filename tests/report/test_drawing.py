@@ -102,3 +102,12 @@ def test_labels_are_moved_apart_in_order_and_no_farther_than_needed(places, gap)
     assert sum(moved) == pytest.approx(sum(places), abs=1e-6)
     if all(b - a >= gap for a, b in pairwise(places)):
         assert moved == pytest.approx(places)
+
+
+def test_the_sparsity_axis_has_ticks_at_what_was_measured():
+    measured = (0.55, 0.81, 0.93, 0.931, 0.97)
+    svg = figures.occams_hill([figures.Curve("gmp", {sparsity: [0.9] for sparsity in measured})], [0.9])
+    shown = [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
+    assert [text in shown for text in ("55", "81", "93", "93.1", "97")] == [True, True, True, False, True]
+    assert "90" in shown  # of the accuracy
+    assert "95" not in shown

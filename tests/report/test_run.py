@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from report.reading import Page
@@ -163,3 +164,8 @@ def test_a_run_that_trained_nothing():
 def test_an_unfinished_run_is_refused(example):
     with pytest.raises(InputError, match="has not finished"):
         run_report(example.model_copy(update={"results": None}))
+
+
+def test_definitions_know_how_many_columns_stand_above_them_on_a_phone(html):
+    counted = dict(re.findall(r'<table id=(\w+) class=told style="--columns:(\d)"', html))
+    assert counted == {"numbers": "4", "storage": "5"}  # without the definition, and the unit

@@ -1,4 +1,5 @@
 import gzip
+import re
 import struct
 from pathlib import Path
 
@@ -135,6 +136,12 @@ def test_a_file_is_found_in_its_folder_or_in_the_one_given_plain_or_packed(tmp_p
     for place in reversed(places):  # each goes before those that are already there
         place.write_bytes(b"")
         assert required(tmp_path, "mnist/labels", task="mnist", contents="labels") == place
+
+
+def test_a_missing_file_is_said_to_be_missing_in_a_folder_once(tmp_path):
+    with pytest.raises(InputError, match=f" in {re.escape(str(tmp_path))}; ") as error:
+        required(tmp_path, "labels", task="mnist", contents="labels")
+    assert str(error.value).count(str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,15 @@ def _refused(spec, kind=InputError):
     return error.value
 
 
+def code_of(files, name="SMALL"):
+    return hashlib.sha256(f"{files}:{name}".encode()).hexdigest()
+
+
+def test_two_tasks_of_one_file_are_two(write):
+    path = write(TASK + "OTHER = SMALL\n")
+    assert load(f"{path}:SMALL").code != load(f"{path}:OTHER").code
+
+
 @pytest.mark.parametrize("more", [":SMALL", ":make", ":Made", ""])
 def test_a_task_or_what_makes_one(write, more):
     path = write(TASK + "def make(name='made'):\n    return SMALL\nclass Made:\n    def __new__(cls):\n        return SMALL\n")
@@ -52,7 +61,8 @@ def test_a_task_or_what_makes_one(write, more):
     data = task.data(None)
     assert task.name == "small"
     assert task.build("linear", data, 0)(data.test[torch.arange(3)][0]).shape == (3, 4)
-    assert task.code == hashlib.sha256(path.read_bytes()).hexdigest()
+    name = more.removeprefix(":") or "SMALL"
+    assert task.code == code_of(hashlib.sha256(path.read_bytes()).hexdigest(), name)
 
 
 def test_the_path_may_be_relative_and_odd(write, monkeypatch, tmp_path):
@@ -81,12 +91,12 @@ def test_the_code_is_that_of_the_file_and_of_what_it_imports_beside_it(write):
     path = write("import json, torch.nn\n" + TASK)
     write("unused = 1\n", "other.py")
     alone = code(path)
-    assert alone == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert alone == code_of(hashlib.sha256(path.read_bytes()).hexdigest())
     write("unused = 2\n", "other.py")
     assert code(path) == alone
     path = write("if False:\n    from package_a import x\n" + TASK)
     first = code(path)
-    assert first == hashlib.sha256(path.read_bytes()).hexdigest()  # there is no package_a
+    assert first == code_of(hashlib.sha256(path.read_bytes()).hexdigest())  # there is no package_a
     write("import module_b\n", "package_a/deep/inner.py")
     write("from . import x\n", "package_a/__init__.py")
     second = code(path)
@@ -99,7 +109,7 @@ def test_the_code_is_that_of_the_file_and_of_what_it_imports_beside_it(write):
         name: (path.parent / name).read_bytes() for name in ("mine.py", "module_b.py", "package_a/__init__.py", "package_a/deep/inner.py")
     }
     listing = "".join(f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(files.items()))
-    assert fourth == hashlib.sha256(listing.encode()).hexdigest()
+    assert fourth == code_of(hashlib.sha256(listing.encode()).hexdigest())
 
 
 def test_two_files_of_one_name_are_two_modules(write):

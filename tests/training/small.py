@@ -15,7 +15,8 @@ import niwaki
 from niwaki.recipe import Recipe
 from niwaki.tasks import Data, Metric, Model, Task, Training
 from niwaki.training import Job, checkpoint, job
-from niwaki.training.trainer import Interrupted, Trained, Trainer
+from niwaki.training.state import Interrupted, Trained
+from niwaki.training.trainer import Trainer
 
 ACCURACY = Metric(lambda outputs, targets: outputs.argmax(1) == targets, "share of right answers")
 TARGETS = {"0.weight": (24, 6), "3.weight": (16, 24)}

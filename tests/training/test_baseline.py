@@ -14,7 +14,7 @@ from niwaki.tasks import Data
 from niwaki.training import baseline as module
 from niwaki.training import job, run
 from niwaki.training.baseline import Sitting
-from niwaki.training.trainer import Interrupted
+from niwaki.training.state import Interrupted
 
 
 @pytest.fixture

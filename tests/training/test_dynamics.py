@@ -120,9 +120,30 @@ def _first_masks(text):
 
 
 @pytest.mark.filterwarnings("ignore:growth 'gradient' never acts")
-def test_dynamics_of_a_stage_begin_with_it():
+def test_what_was_ever_active_begins_with_a_stage():
     text = f"stages: [{{for: 1 epochs, sparsity: 0.5, allocation: global}}, {{for: 1 epochs, {rigl(100)[1:-1]}}}, {{for: 1 epochs}}]"
     history = trainer(text, epochs=3).run().history
     assert [(epoch.dynamics.pruned, epoch.dynamics.grown) for epoch in history][::2] == [(0, 0), (0, 0)]
     assert [epoch.dynamics.ever_active for epoch in history][::2] == [0.5, 0.25]
     assert [epoch.stage for epoch in history] == [1, 2, 3]
+
+
+def test_what_is_pruned_between_two_stages_is_told_with_the_next_epoch():
+    text = "stages: [{for: 1 epochs, sparsity: 0.5, allocation: global}, {prune: {fraction: 0.5, allocation: global}}, {for: 1 epochs}]"
+    first, second = trainer(text, epochs=2).run().history
+    assert (first.dynamics.pruned, second.dynamics.pruned, second.dynamics.grown) == (0, ELEMENTS // 4, 0)
+    assert second.dynamics.overlap == 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "learning"),
+    [
+        ("relaxation: latent", 132),
+        ("relaxation: latent, gradient: dense", ELEMENTS),
+        ("relaxation: latent, gradient: {superset: {sparsity: 0.5}}", ELEMENTS // 2),
+        ("relaxation: {straight_through: {scores: zeros}}, saliency: score, schedule: {constant: {every: 1 steps}}", ELEMENTS),
+    ],
+)
+def test_weights_that_learn_beside_the_active_ones_cost_their_gradient(more, learning):
+    done = trainer(f"{{sparsity: 0.75, allocation: global, {more}}}", epochs=1).run()
+    assert done.flops_multiplier == pytest.approx((2 * forward(132) + forward(learning)) / (3 * DENSE), rel=1e-12)

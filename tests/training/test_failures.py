@@ -50,9 +50,9 @@ def disk(monkeypatch):
     return disk
 
 
-@pytest.mark.parametrize(("room", "phase", "step"), [(1, "dense", 1), (5, "dense", 5), (19, "sparse", 4)])
+@pytest.mark.parametrize(("room", "phase", "step"), [(1, "dense", 1), (5, "dense", 5), (20, "sparse", 4)])
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, disk, reference, room, phase, step):
-    """The files are run.json, then for both phases a checkpoint a step and at the end the model and what is known of it."""
+    """The files are run.json, then for both phases a checkpoint a step, one at the end, the model and what is known of it."""
     disk.room = room
     with pytest.raises(NiwakiError) as error:
         run(make(), tmp_path / "run", sitting=EVERY_STEP)
@@ -95,19 +95,19 @@ def test_a_file_that_becomes_too_large_leaves_the_last_checkpoint(tmp_path):
     assert run(make(recipe), tmp_path / "run").results.model == expected.results.model
 
 
-@pytest.mark.parametrize(("room", "file"), [(14, "model.safetensors"), (15, "baseline.json"), (29, "model.safetensors"), (30, "run.json")])
+@pytest.mark.parametrize(("room", "file"), [(15, "model.safetensors"), (16, "baseline.json"), (31, "model.safetensors"), (32, "run.json")])
 def test_a_disk_that_is_full_at_the_end_costs_no_step(tmp_path, disk, reference, room, file):
     disk.room = room
     with pytest.raises(NiwakiError, match=rf"{file}: cannot be written: No space left on device") as error:
         run(make(), tmp_path / "run", sitting=EVERY_STEP)
     assert type(error.value) is NiwakiError
-    place = tmp_path / "run" if room > 16 else next((tmp_path / ".baselines").iterdir())
+    place = tmp_path / "run" if room > 17 else next((tmp_path / ".baselines").iterdir())
     assert f"the checkpoint of step 13 is intact in {place / 'checkpoint.safetensors'}" in str(error.value)
     assert checkpoint.load(place / "checkpoint.safetensors")["trainer"]["counters"]["step"] == 13
     disk.room = 1e9
     steps = []
     run(make(), tmp_path / "run", sitting=Sitting(progress=lambda phase, step, total, epoch: steps.append(phase)))
-    assert steps == ["sparse"] * 13 * (room < 16)
+    assert steps == ["sparse"] * 13 * (room < 17)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == reference
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model.safetensors", "run.json"]
 

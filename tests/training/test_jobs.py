@@ -16,8 +16,9 @@ from niwaki.tasks import Model, Training
 from niwaki.training import job, read, run
 from niwaki.training import jobs as module
 from niwaki.training.baseline import Sitting
-from niwaki.training.record import SCHEMA, Predictions, Record
-from niwaki.training.trainer import Interrupted
+from niwaki.training.folder import finished_before
+from niwaki.training.record import SCHEMA, Predictions, Record, Start, write
+from niwaki.training.state import Interrupted
 
 
 def trained_file(folder, seed=5, epochs=2):
@@ -241,6 +242,41 @@ def test_the_folder_of_a_run_from_other_weights_is_refused(small_task, tmp_path)
     run(make(small_task, epochs=1, start=file), tmp_path / "other")
     with pytest.raises(InputError, match=r"start .*trained\.safetensors.* there, None here"):
         run(make(small_task, epochs=1), tmp_path / "other")
+
+
+def test_the_folder_of_a_run_that_failed_before_its_first_checkpoint_is_free(small_task, tmp_path):
+    folder, other = tmp_path / "run", make(small_task, seed=3).choices
+    folder.mkdir()
+    unfinished = Record(identity=other.identity(), choices=other, environment={}).model_dump_json(by_alias=True)
+    (folder / "run.json").write_text(unfinished)
+    (folder / "checkpoint.safetensors").write_bytes(b"hours of work")
+    with pytest.raises(InputError, match="holds another run"):
+        run(make(small_task), folder)
+    assert contents(folder) == {"run.json": unfinished.encode(), "checkpoint.safetensors": b"hours of work"}
+    (folder / "checkpoint.safetensors").unlink()
+    (folder / ".0123456789abcdef.tmp").write_bytes(b"{")
+    record = run(make(small_task), folder)
+    assert (record.choices.seed, read(folder)) == (0, record)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"task_code": "b" * 64}, "(the code of the task file has changed)"),
+        ({"data": "b" * 64}, "(the examples differ: other files, or random ones without a seed)"),
+        ({"start": Start(file="same.safetensors", sha256="b" * 64)}, "(the weights of --from differ)"),
+        ({"start": Start(file="other.safetensors", sha256="a" * 64), "seed": 1}, "(seed 0 there, 1 here)"),
+        ({"start": None}, "(start 'same.safetensors' there, None here)"),
+    ],
+)
+def test_hashes_that_differ_are_told_in_words(small_task, tmp_path, change, said):
+    given = {"task_code": "a" * 64, "start": Start(file="same.safetensors", sha256="a" * 64)}
+    before = make(small_task).choices.model_copy(update=given)
+    write(Record(identity=before.identity(), choices=before, environment={}), tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        finished_before(tmp_path, before.model_copy(update=change))
+    assert said in str(error.value)
 
 
 def test_a_changed_model_file_is_noticed(small_task, tmp_path):

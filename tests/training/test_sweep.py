@@ -134,6 +134,33 @@ def test_folders_are_readable_and_named_by_what_determines_the_run(tmp_path):
     assert other.folder != runs[0].folder
 
 
+def test_folders_show_every_axis_with_several_values():
+    training = [{"epochs": 1, "learning_rate": rate} for rate in (0.1, 0.01)]
+    asked = [point(sparsity=0.5, model=model, training=one) for model in ("mlp", "convnet") for one in training]
+    runs = plan(asked, "sweep.yaml")
+    assert [run.folder for run in runs] == [
+        f"gmp-0.5-model_{model}-learning_rate_{rate}-seed0-{run.choices.identity()[:8]}"
+        for (model, rate), run in zip([("mlp", 0.1), ("mlp", 0.01), ("convnet", 0.1), ("convnet", 0.01)], runs, strict=True)
+    ]
+
+
+def test_values_in_the_name_of_a_folder_are_short_and_plain(tmp_path):
+    for name in ("one", "o" * 100):
+        (tmp_path / f"{name}.py").write_text(f"from niwaki.tasks import TASKS\ntask = TASKS['digits']  # {name}\n")
+    runs = plan([point(task=f"{tmp_path / name}.py:task") for name in ("one", "o" * 100)], "sweep.yaml")
+    assert [run.folder.rpartition("-")[0] for run in runs] == ["gmp-0.9-task_one.py_task-seed0", f"gmp-0.9-task_{'o' * 16}.py_task-seed0"]
+
+
+def test_a_sweep_that_got_another_axis_finds_the_folders_that_it_had(tmp_path):
+    (before,) = plan([point(sparsity=0.5)], "sweep.yaml")
+    assert sweep.placed([before], tmp_path / "none") == [before]
+    (tmp_path / before.folder).mkdir()
+    (tmp_path / "sweep.json").touch()
+    old, new = plan([point(sparsity=0.5), point(sparsity=0.5, training={"epochs": 2})], "sweep.yaml")
+    assert old.folder != before.folder
+    assert [run.folder for run in sweep.placed([old, new], tmp_path)] == [before.folder, new.folder]
+
+
 def test_the_data_folder_is_the_environments_where_none_is_given(tmp_path, monkeypatch):
     monkeypatch.setenv("NIWAKI_DATA", str(tmp_path / "from-environment"))
     for data, named in ((None, "from-environment"), (str(tmp_path / "given"), "given")):

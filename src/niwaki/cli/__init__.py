@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(_usage(error), 2)
     except InputError as error:
-        return _fail(str(error), 2, getattr(error, "details", ""))  # a user's own traceback
+        return _fail(str(error), 2, error.details)
     except NiwakiError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, error.details)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 1)
     except BrokenPipeError:  # the reader, such as `head`, has gone; so that Python's own flush at exit does not complain:

@@ -33,6 +33,8 @@ def compare(runs: tuple[Path, ...], page: Path | None, definitions: bool, as_jso
     """
     from niwaki.training.record import read
 
+    if page is not None and page.suffix.lower() != ".html":  # so that a slip of the hand overwrites no record
+        raise InputError(f"--report: {page} does not end in .html; give the name of an HTML page to write")
     records = [(folder, read(folder)) for folder in dict.fromkeys(runs)]
     for folder, record in records:
         if record.results is None:

@@ -62,6 +62,8 @@ def inspect(path: Path, as_json: bool) -> None:
     PATH is such a file, or the folder of a run, whose model is shown with a summary of the run. Every byte is read once, and
     check sums are checked where the file has them.
     """
+    if path.is_file() and _is_json(path):
+        raise InputError(f"{path}: this is JSON; give the run's folder, or a .safetensors file")
     file, record = _run(path) if path.is_dir() else (path, None)
     rows, metadata = rows_of(file)
     if not as_json:
@@ -86,6 +88,13 @@ def _run(folder: Path) -> tuple[Path, Record | None]:
     if not (folder / MODEL_FILE).exists():
         raise InputError(f"{folder}: there is no {MODEL_FILE} in this folder; give a .safetensors file, or the folder of a finished run")
     return folder / MODEL_FILE, read(folder) if (folder / FILE).exists() else None
+
+
+def _is_json(path: Path) -> bool:
+    """Return whether a file begins like a JSON object. A .safetensors file begins with a small number in 64 bits, so with zeros in it."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return start.startswith(b"{") and b"\0" not in start
 
 
 def rows_of(path: Path) -> tuple[list[Row], dict[str, str]]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import wraps
 from typing import Any
 
 import click
@@ -25,11 +29,28 @@ class Group(click.Group):
         return list(self.commands)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")
+STANDARD_OUTPUT = f"{__name__}.standard_output"
+"""Where click's context keeps the stream that :func:`print_json` writes to."""
+
+
+def json_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option ``--json``; with it, what else is printed, such as by a user's own task, goes to standard error."""
+
+    @wraps(command)
+    def alone(*, as_json: bool, **given: Any) -> None:
+        if not as_json:
+            command(as_json=as_json, **given)
+            return
+        click.get_current_context().meta[STANDARD_OUTPUT] = sys.stdout
+        with redirect_stdout(sys.stderr):
+            command(as_json=as_json, **given)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else, on standard output.")(alone)
+
 
 definitions_option = click.option("--definitions", is_flag=True, help="Show all numbers, and what each of them means.")
 
 
 def print_json(data: Any) -> None:
-    """Print plain data as one JSON document."""
-    click.echo(json.dumps(data, indent=1, allow_nan=False))
+    """Print plain data as one JSON document, in a command that has :func:`json_option`."""
+    click.echo(json.dumps(data, indent=1, allow_nan=False), file=click.get_current_context().meta[STANDARD_OUTPUT])

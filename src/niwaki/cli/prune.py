@@ -18,8 +18,9 @@ from niwaki.errors import InputError
     "  niwaki prune magnitude --task cifar10 --data DATA --from resnet20.safetensors --sparsity 0.5\n"
     "  niwaki prune gmp --task digits --from runs/dense.safetensors --sparsity 0.9 --epochs 5 --rounds 3",
 )
-@click.argument("method")
+@training.method_argument
 @training.options
+@click.option("--epochs", type=click.IntRange(min=0), metavar="N", help="Length of the fine-tuning; by default there is none.")
 @click.option(
     "--from", "start", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The trained model, a .safetensors file."
 )
@@ -40,16 +41,20 @@ def prune(method: str, rounds: int, as_json: bool, **options: Any) -> None:
     """
     from niwaki import catalogue
 
-    recipe = catalogue.find(method, options["sparsity"])
-    if recipe.stages is not None:
+    if catalogue.find(method).stages is not None:
         raise InputError(f"prune: {method} has stages, which are for niwaki run; choose a method without")
+    recipe = catalogue.find(method, options["sparsity"])
     if recipe.final_sparsity is None:
         raise InputError(f"prune: {method} does not rank weights to a given sparsity; choose a method that does, such as magnitude")
-    epochs = options["epochs"] or 0
-    if rounds > 1 and not epochs:
+    if rounds == 1 and "score" in recipe.saliency.needs:
+        raise InputError(f"prune: {method} learns its scores by training, and all is pruned before that; choose another method")
+    epochs = training.settings(options).get("epochs")
+    if epochs is None:
+        options["epochs"] = 0
+    if rounds > 1 and epochs in (None, 0, "0"):
         raise InputError("--rounds: there is fine-tuning before each round; say its whole length with --epochs")
     schedule = "one_shot" if rounds == 1 else {"iterative": {"rounds": rounds, "begin": "0 run", "end": f"{rounds / (rounds + 1)} run"}}
     recipe = recipe.replace(schedule=schedule, growth=None)
     task = training.task(options)
-    job = training.job(task, recipe, method, {**options, "epochs": epochs}, kind="prune")
+    job = training.job(task, recipe, method, options, kind="prune")
     training.carry_out([(job, training.folder(job, options["out"]))], options, as_json)

@@ -20,8 +20,9 @@ from niwaki.errors import InputError
     "  niwaki run my-recipe.yaml --task my_task.py:task --seeds 3\n"
     "  niwaki run gmp --task cifar10 --data DATA --from resnet20.safetensors --sparsity 0.9 --epochs 5 --set learning_rate=0.01",
 )
-@click.argument("method")
+@training.method_argument
 @training.options
+@click.option("--epochs", type=click.IntRange(min=0), metavar="N", help="Length of each training; by default the task's.")
 @click.option("--cut", is_flag=True, help="For methods whose strength decides: a final exact cut to --sparsity by their learned score.")
 @click.option(
     "--from", "start", type=click.Path(path_type=Path), metavar="FILE", help="Start both trainings from the weights in a .safetensors file."
@@ -47,6 +48,10 @@ def run(method: str, cut: bool, seeds: int | None, dry_run: bool, as_json: bool,
         show_plan(asked[0], method, as_json)
         return
     if options["out"] is not None and seeds is not None:
+        from niwaki.training.record import FILE
+
+        if (options["out"] / FILE).exists():
+            raise InputError(f"--out: {options['out']} holds a run, and --seeds needs a folder of folders; give another folder")
         folders = [options["out"] / f"seed-{job.seed}" for job in asked]
     else:
         folders = [training.folder(job, options["out"]) for job in asked]
@@ -67,4 +72,4 @@ def show_plan(job: Any, method: str, as_json: bool) -> None:
         return
     from niwaki.cli.tables import print_plan
 
-    print_plan(job, stages)
+    print_plan(job, [(leaf, plan) for leaf, plan in stages if plan is not None])

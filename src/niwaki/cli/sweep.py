@@ -71,7 +71,7 @@ def sweep(file: Path, out: Path | None, jobs: int | None, checkpoint_every: floa
 
     if out is None:
         raise InputError("sweep: --out is missing; give a folder for the runs")
-    runs = sweep_file.plan(sweep_file.read_points(file), str(file))
+    runs = module.placed(sweep_file.plan(sweep_file.read_points(file), str(file)), out)
     found = module.outcomes(runs, out)
     if dry_run:
         _show(runs, found, out, as_json, file=file)

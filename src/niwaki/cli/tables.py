@@ -141,17 +141,14 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return mean if around is None else f"{mean.removesuffix(' %')} ± {show(around, unit)}"
 
 
-def print_plan(job: Job, stages: Sequence[tuple[Leaf, Plan | None]]) -> None:
-    """Print the stages of a recipe, and of those that mask while they train: which tensor, how much, when and why, what is left out and why."""
+def print_plan(job: Job, plans: Sequence[tuple[Leaf, Plan]]) -> None:
+    """Print what each stage of a recipe would mask while it trains: which tensor, how much, when and why; what it leaves out and why."""
     out = console()
     length = f"{job.steps_per_epoch:,} steps an epoch, {job.training.epochs} epochs a run"
     out.print(_heading(job.choices.method_name, f"dry run · {job.task.name} · {job.model} · {length}"))
-    plans = [plan for _, plan in stages if plan is not None]
-    for leaf, plan in stages:
-        if len(stages) > 1:
-            out.print(Text(leaf.says if plan is None else f"\n{leaf.says}\n", style="bold"))
-        if plan is None:
-            continue
+    for i, (leaf, plan) in enumerate(_once(plans)):
+        if job.recipe.stages is not None:
+            out.print(Text("\n" * (i > 0) + f"{leaf.says}\n", style="bold"))
         out.print(_planned(plan))
         out.print(Text.assemble("\n", ("masks are updated: ", "bold"), plan.when()))
         for reason, names in _by_reason((one.name, one.reason) for one in plan.left_out).items():
@@ -161,9 +158,17 @@ def print_plan(job: Job, stages: Sequence[tuple[Leaf, Plan | None]]) -> None:
         slot, _, rest = line.partition(": ")
         words.add_row(Text(slot, style="bold dim"), Text(rest, style="dim"))
     out.print(Padding(words, (1, 0)))
-    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+    for note in dict.fromkeys(note for _, plan in plans for note in plan.notes):
         out.print(Text(f"note: {note}", style="yellow"))
     out.print(Text("Nothing was trained or written."))
+
+
+def _once(plans: Sequence[tuple[Leaf, Plan]]) -> list[tuple[Leaf, Plan]]:
+    """Return the first round of each stage."""
+    found: dict[str, tuple[Leaf, Plan]] = {}
+    for leaf, plan in plans:
+        found.setdefault(leaf.where, (leaf, plan))
+    return list(found.values())
 
 
 def _planned(plan: Plan) -> Table:

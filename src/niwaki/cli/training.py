@@ -64,7 +64,6 @@ _OPTIONS = (
         metavar="K",
         help="Of weights, order of examples and sparsifier.",
     ),
-    click.option("--epochs", type=click.IntRange(min=0), metavar="N", help="Length of each training; by default the task's."),
     click.option(
         "--set",
         "settings",
@@ -96,6 +95,16 @@ _OPTIONS = (
 )
 
 
+def _method(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    path = Path(value)
+    if len(path.parts) != 1 and not path.is_file():
+        raise InputError(f"{value}: there is no such file; METHOD is a name that `niwaki methods` lists, or a YAML file with a recipe")
+    return value
+
+
+method_argument = click.argument("method", callback=_method)
+
+
 def options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of a training, and join it with the others that torchrun started: their number is one of its choices."""
 
@@ -120,18 +129,29 @@ def task(given: Mapping[str, Any]) -> Task:
     return find(given["task"], given["model"])
 
 
-def job(task: Task, recipe: Recipe, method: str, given: Mapping[str, Any], kind: Literal["run", "prune"] = "run") -> Job:
-    """Return the job that the options describe."""
-    from niwaki.training import jobs
+def settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the training that ``--set`` and ``--epochs`` give; what they mean is checked with the job.
 
-    settings: dict[str, Any] = {}
+    Raises:
+        InputError: no KEY=VALUE, or both say how many epochs.
+    """
+    found: dict[str, Any] = {}
     for text in given["settings"]:
         name, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set: {text!r} is no KEY=VALUE, such as learning_rate=0.01")
-        settings[name.strip()] = None if value.strip().lower() == "none" else value.strip()
+        found[name.strip()] = None if value.strip().lower() == "none" else value.strip()
     if given["epochs"] is not None:
-        settings["epochs"] = given["epochs"]
+        if "epochs" in found:
+            raise InputError("--set: epochs stands twice, also in --epochs; say it once")
+        found["epochs"] = given["epochs"]
+    return found
+
+
+def job(task: Task, recipe: Recipe, method: str, given: Mapping[str, Any], kind: Literal["run", "prune"] = "run") -> Job:
+    """Return the job that the options describe."""
+    from niwaki.training import jobs
+
     return jobs.job(
         task,
         recipe,
@@ -139,7 +159,7 @@ def job(task: Task, recipe: Recipe, method: str, given: Mapping[str, Any], kind:
         data_folder=given["data"],
         model=given["model"],
         seed=given["seed"],
-        training=settings,
+        training=settings(given),
         start=given["start"],
         kind=kind,
     )
@@ -162,7 +182,7 @@ def carry_out(jobs: Sequence[tuple[Job, Path]], given: Mapping[str, Any], as_jso
     from niwaki.training.baseline import Sitting
     from niwaki.training.folder import finished_before
     from niwaki.training.jobs import run
-    from niwaki.training.trainer import Interrupted
+    from niwaki.training.state import Interrupted
 
     done: list[tuple[Path, Record, bool]] = []
     for job, out in jobs:  # what is wrong with any of them is told before the first one trains

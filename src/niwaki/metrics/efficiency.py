@@ -28,7 +28,7 @@ _ROUNDING = 1e-9
 
 ACCURACY_DENSITY = "top-1 accuracy in per cent / million active parameters (Bianco et al. 2018)"
 
-SLACK = "largest sparsity at which the mean accuracy is at most {points:g} points below the dense model's; 0 when there is none"
+SLACK = "largest sparsity of all parameters at which the mean accuracy is at most {points:g} points below the dense model's; 0 when there is none"
 """What slack means, in words; ``points`` is ``100 epsilon``."""
 
 REGIONS: Mapping[str, str] = {
@@ -104,13 +104,13 @@ def parameter_efficiency(accuracy: float, active_parameters: int, hardness: str 
 
 
 def slack(runs: Sequence[tuple[float, float]], dense_accuracy: float, epsilon: float) -> float:
-    """Return the share of weights that could be removed for at most ``epsilon`` of accuracy: ``1 - nnz_min(epsilon) / n``.
+    """Return the share of the parameters that can go for at most ``epsilon`` of accuracy: ``1 - nnz_min(epsilon) / n``.
 
-    ``nnz_min`` is the smallest number of active weights among the runs with ``accuracy >= dense_accuracy - epsilon``, so this is the
-    largest sparsity among these; 0 when none of them is that accurate (the dense model always is).
+    ``n`` is the number of all parameters, and ``nnz_min`` the smallest number of active ones among the runs with
+    ``accuracy >= dense_accuracy - epsilon``, so this is the largest sparsity of all parameters among these; 0 when none of them is that accurate (the dense model always is).
 
     Args:
-        runs: (sparsity, accuracy) of each, with several seeds the mean accuracy at a sparsity.
+        runs: (sparsity of all parameters, accuracy) of each, with several seeds the mean accuracy at a sparsity.
         dense_accuracy: of the model that nothing was removed from.
         epsilon: loss of accuracy that is accepted: 0.01 is one point.
 

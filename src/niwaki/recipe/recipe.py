@@ -197,6 +197,8 @@ def _check_stages(stages: tuple[Stage, ...], shared: dict[str, Any], saved: set[
         for name in stage.restore.snapshots() if stage.restore is not None else ():
             if name not in saved:
                 raise InputError(f"{here}.restore: no earlier stage saves {name!r}; {did_you_mean(name, {*saved, *RESERVED})}")
+        if stage.finish is not None:
+            saved.clear()  # they are of the larger model
 
 
 def _require_time(stage: Stage, given: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from statistics import mean
 from niwaki.errors import InputError
 from niwaki.metrics import efficiency
 from niwaki.report import damage, drawing, figures
-from niwaki.report.groups import ACTIVE, FILE_SIZE, FLOPS, Family, Labelled, Setting, families, find, pareto_front
+from niwaki.report.groups import ACTIVE, FILE_SIZE, FLOPS, SPARSITY_OF_ALL, Family, Labelled, Setting, families, find, pareto_front
 from niwaki.report.page import Cell, Content, Picture, count, number, page, pictures, section, table, yes
 from niwaki.report.words import change, deviation, difference
 from niwaki.training.record import Measure
@@ -19,6 +19,19 @@ COSTS = {FILE_SIZE: "file size (bytes)", FLOPS: "forward FLOPs per example"}
 
 FEWEST = 3
 """Sparsities that a curve needs to be divided into regions."""
+
+LEFT_OUT = {
+    SPARSITY_OF_ALL,
+    "parameters",
+    "weights of the targets",
+    "zeros among active weights",
+    "zeros of all parameters",
+    "peak memory of a forward pass",
+    "accuracy density",
+    "parameter efficiency (odds)",
+    "parameter efficiency (bits)",
+}
+"""Measures that the table of every run does without: they are in the run's own report, or in another table here."""
 
 
 def comparison_report(records: Sequence[Labelled], links: Mapping[str, str] | None = None) -> str:
@@ -122,7 +135,7 @@ def _hills(family: Family) -> str:
     metric = family.first.headline.name
     if not family.dense.values(metric):
         return ""
-    how = "Means over seeds ± one standard error, every seed as a dot. The axis is logarithmic in the share that stays."
+    how = "Means over seeds ± one standard error, every seed as a dot beside them. The axis is logarithmic in the share that stays."
     sizes = {name: len(_over_sparsity(family, settings)) for name, settings in methods.items()}
     chosen = [("All methods", methods)] if len(methods) > 1 and max(sizes.values()) > 1 else []
     chosen += [(name, {name: settings}) for name, settings in methods.items() if sizes[name] > 1]
@@ -160,36 +173,48 @@ def _is_accuracy(measure: Measure) -> bool:
 
 
 def _limits(family: Family, key: str) -> str:
-    """Tell for each method where its regions end, and how much of the weights it can spare."""
+    """Tell for each method where its regions end, and how many of the parameters it can spare; nothing where no method was varied."""
     first = family.first.headline
     dense = family.dense.mean(first.name)
     if not _is_accuracy(first) or dense is None:
         return ""
+    methods = {name: (settings, _over_sparsity(family, settings)) for name, settings in family.methods().items()}
+    if max(len(points) for _, points in methods.values()) < 2:
+        return ""
     rows: list[list[Content]] = []
-    for name, settings in family.methods().items():
-        measured = [(sparsity, mean(values)) for sparsity, values in _over_sparsity(family, settings).items()]
-        if not measured:
+    for name, (settings, points) in methods.items():
+        if not points:
             continue
+        measured = [(sparsity, mean(values)) for sparsity, values in points.items()]
         regions = _regions(family, settings)
+        limits = (None, None) if regions is None else (regions.a_ends, regions.c_begins)
+        beyond = number(None) if regions is None else Cell(f"beyond {100 * max(points):.4g} %")
         best = max(measured, key=lambda point: point[1])
         rows.append(
             [
                 name,
                 count(len(measured)),
-                number(None if regions is None else regions.a_ends, "share"),
-                number(None if regions is None else regions.c_begins, "share"),
+                *(beyond if limit is None else number(limit, "share") for limit in limits),
                 number(best[0], "share"),
                 number(best[1], "share"),
-                *(number(efficiency.slack(measured, dense, epsilon), "share") for epsilon in efficiency.EPSILONS),
+                *(number(_slack(first.name, settings, dense, epsilon), "share") for epsilon in efficiency.EPSILONS),
             ]
         )
-    slacks = [f"slack at {100 * epsilon:g} point{'s' * (epsilon > 0.01)}" for epsilon in efficiency.EPSILONS]
+    slacks = [f"slack at {100 * epsilon:g} point{'s' * (epsilon > 0.01)}, of all parameters" for epsilon in efficiency.EPSILONS]
     columns = ("method", "sparsities", "A ends", "C begins", "best at sparsity", f"{first.name} there", *slacks)
     about = (
-        f"As sparsities. A: within chance of the dense mean, or above. C: more than {100 * efficiency.TOLERANCE:g} point below it. Slack:"
-        " the largest measured sparsity that costs no more than so many points. Single seeds leave chance unknown."
+        f"As sparsities of the targets. A: within chance of the dense mean, or above. C: more than {100 * efficiency.TOLERANCE:g} point"
+        f" below it. Both need {FEWEST} sparsities; “beyond” the sparsest one: none that was measured reaches so far. Slack: the largest"
+        " measured sparsity of all parameters that costs no more than so many points. Single seeds leave chance unknown."
     )
     return table(f"{key}-limits", "Limits of each method", columns, rows, about=about)
+
+
+def _slack(metric: str, settings: Sequence[Setting], dense: float, epsilon: float) -> float | None:
+    """Return the slack of a method, as a share of all parameters; None where their sparsity was not measured."""
+    pairs = ((setting.mean(SPARSITY_OF_ALL), setting.mean(metric)) for setting in settings)
+    known = [(sparsity, value) for sparsity, value in pairs if sparsity is not None and value is not None]
+    return efficiency.slack(known, dense, epsilon) if known else None
 
 
 def _on_front(family: Family, cost: str) -> list[Setting]:
@@ -255,7 +280,8 @@ def _figure(value: float) -> Cell:
 
 
 def _runs(family: Family, key: str, links: Mapping[str, str]) -> str:
-    first, *others = family.measures
+    first, *rest = family.measures
+    others = [one for one in rest if one.name not in LEFT_OUT]
     rows: list[list[Content]] = []
     for setting in family.settings:
         for label, record in setting.runs:
@@ -264,7 +290,7 @@ def _runs(family: Family, key: str, links: Mapping[str, str]) -> str:
                 [
                     Cell(label, link=links.get(label)),
                     setting.name,
-                    str(record.choices.seed),
+                    count(record.choices.seed),
                     record.choices.baseline()[:8],
                     *_both(measure, first),
                     *(number(None if (m := find(record, one.name)) is None else m.sparse, one.unit) for one in others),
@@ -272,7 +298,8 @@ def _runs(family: Family, key: str, links: Mapping[str, str]) -> str:
             )
     headline = (f"{first.name} dense", f"{first.name} sparse", "change")
     columns = ("run", "method", "seed", "dense baseline", *headline, *(f"{one.name} ({one.unit})" for one in others))
-    return table(f"{key}-runs", "Every run, its sparse model", columns, rows, folded=len(rows) > 12)
+    about = "All measures of a run are in its own report, and in its run.json."
+    return table(f"{key}-runs", "Every run, its sparse model", columns, rows, about=about, folded=len(rows) > 12)
 
 
 def _both(measure: Measure | None, like: Measure) -> tuple[Cell, Cell, Cell]:

@@ -128,7 +128,7 @@ class Curve:
 def occams_hill(
     curves: Sequence[Curve], dense: Sequence[float], *, metric: str = "accuracy", unit: str = "share", regions: Regions | None = None
 ) -> Figure:
-    """Draw a metric against sparsity: means over seeds with ± one standard error, every seed as a dot, the dense mean as a dashed line.
+    """Draw a metric against sparsity: means over seeds with ± one standard error, every seed as a dot beside them, the dense mean as a dashed line.
 
     The horizontal axis is logarithmic in the active share, so that 90, 99 and 99.9 % are equally far apart. Where the curves fall far
     below the dense mean, a panel of its own shows what happens near it.
@@ -213,11 +213,14 @@ def trade_off(points: Sequence[Point], dense: Point, cost: str, metric: str, uni
 
 
 def _draw_curve(axes: Axes, curve: Curve, scale: float, colour: str, marker: str) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     at = sorted(curve.points)
     means = [scale * fmean(curve.points[x]) for x in at]
     errors = [scale * _standard_error(curve.points[x]) for x in at]
     seeds = [(x, scale * value) for x in at for value in curve.points[x] if len(curve.points[x]) > 1]
-    axes.plot([x for x, _ in seeds], [y for _, y in seeds], ".", color=colour, alpha=0.35, markersize=3)
+    beside = axes.transData + ScaledTranslation(5 / 72, 0, axes.get_figure().dpi_scale_trans)
+    axes.plot([x for x, _ in seeds], [y for _, y in seeds], ".", color=colour, alpha=0.8, markersize=6, transform=beside)
     axes.errorbar(at, means, errors, color=colour, marker=marker, capsize=2, elinewidth=1.0, label=curve.name)
 
 
@@ -238,16 +241,15 @@ def _from_activity(place: Any) -> Any:
 
 
 def _sparsity_axis(axes: Axes, sparsities: Sequence[float]) -> None:
-    """Put ticks where people look for them, within what was measured."""
+    """Put ticks at the least and the largest of the measured sparsities, and at those between that leave room for their labels."""
     low, high = _to_activity(min(sparsities)), _to_activity(max(sparsities))
-    margin = 0.04 * max(float(high - low), 0.1)
+    margin = 0.06 * max(float(high - low), 0.1)
     axes.set_xlim(_from_activity(low - margin), _from_activity(high + margin))
     shown: list[float] = []
-    for mark in (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999):
-        place = float(_to_activity(mark))
-        if low - margin <= place <= high + margin and all(place - float(_to_activity(other)) > 0.12 * (high - low) for other in shown):
+    for mark in (min(sparsities), max(sparsities), *sorted(sparsities)):
+        if all(abs(float(_to_activity(mark) - _to_activity(other))) > 0.1 * float(high - low) for other in shown):
             shown.append(mark)
-    axes.set_xticks(shown, [f"{100 * mark:g}" for mark in shown])
+    axes.set_xticks(shown, [f"{100 * mark:.4g}" for mark in shown])
     axes.minorticks_off()
     axes.set_xlabel("sparsity of the targets (%)")
 

@@ -13,6 +13,7 @@ from niwaki.errors import InputError
 from niwaki.training.record import Choices, Measure, Record, Results
 
 SPARSITY = "sparsity of the targets"
+SPARSITY_OF_ALL = "sparsity of all parameters"
 FILE_SIZE = "file size"
 FLOPS = "forward FLOPs"
 ACTIVE = "active parameters"

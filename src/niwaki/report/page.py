@@ -20,6 +20,9 @@ from niwaki.report import drawing
 
 _HERE = Path(__file__).parent
 
+TOLD = "what it is"
+"""A last column of this name explains the row; where the screen is narrow it stands below the row's other cells."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -75,20 +78,23 @@ def table(
     if not body:
         return ""
     assert all(len(row) == len(columns) for row in body), f"table {name}: a row has not {len(columns)} cells"
-    kinds = [_kind([row[i] for row in body]) for i in range(len(columns))]
+    kinds = [_kind(column, [row[i] for row in body]) for i, column in enumerate(columns)]
+    told = f' class=told style="--columns:{len(columns) - 1 - columns.count("unit")}"' if columns[-1] == TOLD else ""
     head = "".join(f"<th scope=col{kind}>{escape(column)}</th>" for column, kind in zip(columns, kinds, strict=True))
     lines = "\n".join("<tr>" + "".join(_cell(cell, i == 0, kinds[i]) for i, cell in enumerate(row)) + "</tr>" for row in body)
     words = f"<small>{escape(about)}</small>" if about else ""
     inner = (
         f'<div class=table role=region tabindex=0 aria-label="{escape(caption)}">'
-        f"<table id={name}><caption><span><b>{escape(caption)}</b>{words}</span></caption>"
+        f"<table id={name}{told}><caption><span><b>{escape(caption)}</b>{words}</span></caption>"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>"
     )
     return f"<details><summary>{escape(caption)}</summary>{inner}</details>" if folded else inner
 
 
-def _kind(cells: Sequence[Content]) -> str:
-    """Return the class of a column: numbers stand at the right, sentences need width."""
+def _kind(name: str, cells: Sequence[Content]) -> str:
+    """Return the class of a column: numbers stand at the right, sentences need width, units can be left out where there is none."""
+    if name == "unit":
+        return " class=u"
     if any(isinstance(cell, Cell) and isinstance(cell.value, float | int) for cell in cells):
         return " class=n"
     return " class=w" if any(len(cell.text if isinstance(cell, Cell) else cell) > 30 for cell in cells) else ""

@@ -10,6 +10,9 @@ from niwaki.training.record import Measure
 
 _COSTS = {"bytes": ("smaller", "larger"), "bits": ("smaller", "larger"), "FLOPs": ("fewer", "more"), "milliseconds": ("faster", "slower")}
 
+_LITTLE = 1.1
+"""Factors below it need two digits to say something."""
+
 
 def tick(value: float) -> str:
     """Return a round number as it stands on an axis.
@@ -24,18 +27,20 @@ def tick(value: float) -> str:
 
 
 def change(measure: Measure) -> str:
-    """Say how the sparse model differs from the dense one: in points for shares, as a factor for costs; "" where neither says much."""
+    """Say how the sparse model differs from the dense one: in points for shares, as a factor for costs; "" where neither says much.
+
+    A cost whose factor rounds to 1.00 is "the same".
+    """
     if measure.dense is None or measure.sparse is None:
         return ""
     if measure.unit == "share" and measure.higher_is_better is not None:
         return points(measure.sparse - measure.dense)
     if measure.unit in _COSTS and measure.sparse and measure.dense:
-        if measure.dense == measure.sparse:
-            return "the same"
-        factor = measure.dense / measure.sparse
+        factor = max(measure.dense / measure.sparse, measure.sparse / measure.dense)
+        digits = 2 if measure.unit == "milliseconds" or factor < _LITTLE else 1  # times often differ by little
+        told = f"{factor:.{digits}f}"
         less, more = _COSTS[measure.unit]
-        digits = 2 if measure.unit == "milliseconds" else 1  # times often differ by little
-        return f"{factor:.{digits}f}× {less}" if factor >= 1 else f"{1 / factor:.{digits}f}× {more}"
+        return "the same" if told == "1.00" else f"{told}× {less if measure.dense > measure.sparse else more}"
     if measure.unit == "number" and measure.higher_is_better is not None:
         return plain(measure.sparse - measure.dense, "+")
     return ""

@@ -52,12 +52,13 @@ def required(folder: Path | None, name: str, *, task: str, contents: str) -> Pat
     if not os.path.isdir(folder):
         raise InputError(f"task {task!r}: {folder}: there is no such folder; {remedy} that holds {name}")
     last = Path(name).name
-    for inside in (folder / Path(name).parent, folder):
+    places = dict.fromkeys((folder / Path(name).parent, folder))
+    for inside in places:
         for place in (inside / last, inside / f"{last}.gz"):
             if os.path.isfile(place):
                 return place
     raise InputError(
-        f"task {task!r}: there is no {last} (nor {last}.gz), with {contents}, in {folder / Path(name).parent}, nor in {folder}; {remedy}"
+        f"task {task!r}: there is no {last} (nor {last}.gz), with {contents}, in {', nor in '.join(map(str, places))}; {remedy}"
     )
 
 

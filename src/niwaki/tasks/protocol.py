@@ -29,6 +29,7 @@ from typing import Any, Literal, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from niwaki.errors import InputError, did_you_mean
 
@@ -193,6 +194,8 @@ class Task:
 
     def model(self, name: str | None = None) -> tuple[str, Model]:
         """Return a model's name and record; the default one when no name is given. Raises InputError for an unknown name."""
+        if not self.models:
+            raise InputError(f"--task: {self.name} has no models; a task needs at least one")
         name = next(iter(self.models)) if name is None else name
         if name not in self.models:
             raise InputError(f"--model: the task {self.name!r} has no model {name!r}; {did_you_mean(name, self.models)}")
@@ -203,4 +206,11 @@ class Task:
         _, model = self.model(name)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return model.build(data)
+            built = model.build(data)
+            if not isinstance(built, nn.Module):
+                kind = type(built).__name__
+                raise InputError(f"--task: building the model {name!r} of {self.name} returned {kind}; expected a torch.nn.Module")
+            if any(isinstance(parameter, UninitializedParameter) for parameter in built.parameters()):
+                with torch.no_grad():
+                    built(*self.example(data))  # lazy layers take their shapes, and random weights, from it
+            return built

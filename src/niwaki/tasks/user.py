@@ -11,11 +11,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from niwaki.errors import InputError, did_you_mean
+from niwaki.errors import InputError, NiwakiError, did_you_mean
 from niwaki.tasks.protocol import Task
 
 
@@ -36,7 +37,7 @@ def load(spec: str) -> Task:
 
     ``file.py:object`` names a :class:`Task`, or a function without arguments that returns one; ``file.py`` alone is enough when the
     file has exactly one Task. While it is loaded, modules that stand beside it can be imported. ``Task.code`` is the SHA-256 of the
-    file, or of the file and those modules when it imports any.
+    file, of those modules that it imports, and of the object's name.
 
     Raises:
         InputError: there is no such file or object, or the object is no task.
@@ -45,18 +46,45 @@ def load(spec: str) -> Task:
     place, _, name = (spec, "", "") if spec.endswith(".py") else spec.rpartition(":")
     path = Path(place)
     content = _content(path, spec)
-    with _importable(path.parent), _reported(spec, "cannot be imported"):
+    with _importable(path.parent), reported(spec, "cannot be imported"):
         module = _run(path, content)
-    found = _named(module, name, spec) if name else _only(module, spec)
+    name = name or _only(module, spec)
+    found = _named(module, name, spec)
     if not isinstance(found, Task):
         if not _can_be_called(found):
             expected = "expected a niwaki Task, or a function without arguments that returns one"
             raise InputError(f"--task {spec}: {name!r} is {_kind(found)}; {expected}")
-        with _importable(path.parent), _reported(spec, "failed"):
+        with _importable(path.parent), reported(spec, "failed"):
             found = found()
     if not isinstance(found, Task):
         raise InputError(f"--task {spec}: {name!r} returned {_kind(found)}; expected a niwaki Task")
-    return replace(found, code=_hash(path, content))
+    return _guarded(replace(found, code=hashlib.sha256(f"{_hash(path, content)}:{name}".encode()).hexdigest()), spec)
+
+
+def _guarded(task: Task, spec: str) -> Task:
+    """Return the task with functions whose errors are told as those of the user's own code."""
+
+    def guard(function: Any, what: str) -> Any:
+        if function is None:
+            return None
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            with reported(spec, f"{what} failed"):
+                return function(*arguments)
+
+        return call
+
+    return replace(
+        task,
+        models={key: replace(model, build=guard(model.build, f"building the model {key!r}")) for key, model in task.models.items()},
+        data=guard(task.data, "data"),
+        loss=guard(task.loss, "loss"),
+        metrics={key: replace(metric, values=guard(metric.values, f"the metric {key!r}")) for key, metric in task.metrics.items()},
+        example=guard(task.example, "example"),
+        logits=guard(task.logits, "logits"),
+        augment=guard(task.augment, "augment"),
+    )
 
 
 def _content(path: Path, spec: str) -> bytes:
@@ -99,10 +127,12 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reported(spec: str, problem: str) -> Iterator[None]:
+def reported(spec: str, problem: str) -> Iterator[None]:
     """Turn whatever the user's code raises, ``SystemExit`` too, into a TaskFileError with their part of the traceback."""
     try:
         yield
+    except NiwakiError:
+        raise
     except (Exception, SystemExit) as error:
         frames = error.__traceback__
         while frames is not None and frames.tb_frame.f_code.co_filename == _run.__code__.co_filename:
@@ -121,10 +151,11 @@ def _named(module: ModuleType, name: str, spec: str) -> Any:
     return vars(module)[name]
 
 
-def _only(module: ModuleType, spec: str) -> Task:
+def _only(module: ModuleType, spec: str) -> str:
+    """Return the name of the one task of a file."""
     found = {key: value for key, value in vars(module).items() if isinstance(value, Task)}
     if len({id(value) for value in found.values()}) == 1:
-        return next(iter(found.values()))
+        return next(iter(found))
     file = module.__file__
     if found:
         raise InputError(f"--task {spec}: the file has several tasks; name one: {', '.join(f'{file}:{key}' for key in found)}")

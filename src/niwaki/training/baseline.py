@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
@@ -18,11 +18,11 @@ from niwaki.formats.files import replacing
 from niwaki.training import checkpoint, processes
 from niwaki.training.folder import locked, sha256
 from niwaki.training.record import MODEL_FILE, Epoch, Stored
-from niwaki.training.trainer import Interrupted, Trained, Trainer
+from niwaki.training.state import Interrupted, Trained
+from niwaki.training.trainer import Trainer
 
 FILE = "baseline.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
-SCHEMA = "niwaki.baseline/1"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Baseline(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_: str = SCHEMA
+    schema_: Literal["niwaki.baseline/1"] = "niwaki.baseline/1"
     identity: str
     history: list[Epoch]
     seconds: float
@@ -120,7 +120,7 @@ def train(trainer: Trainer, identity: str, folder: Path, sitting: Sitting, phase
         except Interrupted as error:
             raise Interrupted(f"{phase} training {error}; {path} holds all of it") from None
         except NiwakiError as error:
-            raise NiwakiError(f"{phase} training stopped at step {trainer.now.step:,} of {trainer.total_steps:,}: {error}") from error
+            raise error.told_as(f"{phase} training stopped at step {trainer.now.step:,} of {trainer.total_steps:,}: {error}") from error
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def saying_what_is_left(folder: Path) -> Iterator[None]:
         else:
             step = checkpoint.load(path)["trainer"]["counters"]["step"]
             left = f"the checkpoint of step {step:,} is intact in {path}"
-        raise NiwakiError(f"{error}; {left}") from error
+        raise error.told_as(f"{error}; {left}") from error
 
 
 def _known(folder: Path, identity: str) -> Baseline | None:

@@ -13,11 +13,21 @@ from pathlib import Path
 
 from niwaki.errors import InputError
 from niwaki.training.record import FILE, Choices, Record, read, write
-from niwaki.training.trainer import Interrupted
+from niwaki.training.state import Interrupted
+
+HASHES = {
+    "task_code": "the code of the task file has changed",
+    "data": "the examples differ: other files, or random ones without a seed",
+    "start": "the weights of --from differ",
+}
+"""What it means that the hash of a choice is another one."""
 
 
 def finished_before(folder: Path, choices: Choices) -> Record | None:
     """Return the record when the folder holds just this run, finished; None when the run may be written there.
+
+    That is where nothing can be lost: the folder is new or empty, holds this run unfinished, or nothing but the ``run.json`` of another
+    run that ended before its first checkpoint.
 
     Raises:
         InputError: the folder is no folder, cannot be written, holds something else or another run, or the run's files were changed.
@@ -45,6 +55,9 @@ def finished_before(folder: Path, choices: Choices) -> Record | None:
     except InputError as error:
         raise InputError(f"--out: {error}; give a folder that is new or empty") from None
     if record.identity != choices.identity():
+        if record.results is None and all(name == FILE or _is_leftover(name) for name in names):
+            _require_writable(folder, folder)
+            return None
         raise InputError(f"--out: {folder} holds another run ({_difference(record.choices, choices)}); give a folder that is new or empty")
     if record.results is None:
         _require_writable(folder, folder)
@@ -66,7 +79,7 @@ def opened(folder: Path, record: Record) -> Iterator[None]:
     with locked(folder, "--out: {folder} is being written by another niwaki run; wait for it, or give another folder"):
         if finished_before(folder, record.choices) is not None:
             raise InputError(f"--out: {folder} was finished by another niwaki run meanwhile; run the same again to see its result")
-        if not (folder / FILE).exists():
+        if not (folder / FILE).exists() or read(folder).identity != record.identity:
             write(record, folder)
         yield
 
@@ -130,8 +143,14 @@ def _difference(old: Choices, new: Choices) -> str:
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     for field, value in before.items():
         other = after[field]
+        if field == "start" and None not in (value, other):  # the name of the file does not matter
+            value, other = value["sha256"], other["sha256"]
         if value == other or (field == "method" and old.recipe == new.recipe):
             continue
+        if field in HASHES and None not in (value, other):
+            return HASHES[field]
+        if field == "start":
+            value, other = (start and start["file"] for start in (value, other))
         if isinstance(value, dict) and isinstance(other, dict):
             inner = next(key for key in [*value, *other] if value.get(key) != other.get(key))
             return f"{field}.{inner} {value.get(inner)!r} there, {other.get(inner)!r} here"

@@ -19,6 +19,7 @@ from niwaki.errors import InputError
 from niwaki.formats import load
 from niwaki.recipe import Recipe
 from niwaki.recipe.stages import Leaf
+from niwaki.schedule import OneShot
 from niwaki.tasks import Data, Task, Training
 from niwaki.training import processes
 from niwaki.training.baseline import CHECKPOINT_FILE, Sitting, dense, saying_what_is_left, train
@@ -28,6 +29,7 @@ from niwaki.training.loop import steps_per_epoch, targets
 from niwaki.training.record import Choices, Record, Start, read, write
 from niwaki.training.results import results
 from niwaki.training.trainer import Trainer
+from niwaki.training.trial import check_data, try_out
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Job:
         """Return what every stage that acts would do to the whole model, without doing it."""
         model = self.build()
         trainer = self.trainer(model, self.recipe)
+        self._check_parts(model)
         self.recipe.fit(trainer.clock)  # whose errors name the stage
         return [
             (
@@ -73,11 +76,24 @@ class Job:
             if leaf.acts
         ]
 
+    def _check_parts(self, model: nn.Module) -> None:
+        """Refuse parts of a batch with a single example where batch normalization needs two."""
+        if not any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+            return
+        size, examples = self.training.batch_size, len(self.data.train)
+        for batch in {min(size, examples), examples % size or size}:
+            for mine in torch.arange(batch).tensor_split(processes.world_size()):
+                if any(len(part) == 1 for part in mine.tensor_split(self.training.accumulate)) or not len(mine):
+                    raise InputError(
+                        f"--set: batch_size={size} leaves a part of a batch with a single example (of {examples:,} in all), and batch"
+                        " normalization needs two; choose another batch_size or accumulate"
+                    )
+
     def build(self) -> nn.Module:
         """Return the model with the initial weights of the seed, or those of ``start``, on the device of this process."""
         model = self.task.build(self.model, self.data, self.seed)
-        if self.start is not None:
-            load(self.start, model=model)
+        if self.start is not None and load(self.start, model=model).masks:
+            raise InputError(f"--from: {self.start} is a sparse model, with masks; give the weights of a dense one")
         return model.to(processes.local_device())
 
     def trainer(self, model: nn.Module, recipe: Recipe | None = None, teacher: nn.Module | None = None) -> Trainer:
@@ -123,9 +139,12 @@ def job(
     if settings.epochs == 0 and kind == "run":
         raise InputError("--epochs: a run trains for at least 1 epoch; niwaki prune needs none")
     data = task.data(data_folder)
+    check_data(task, data)
     _check_examples(task, data, settings)
     if start is not None and not start.is_file():
         raise InputError(f"--from: {start} is no file; give a .safetensors file with the model's trained weights")
+    if kind == "prune" and settings.epochs == 0 and (recipe.stages is not None or not isinstance(recipe.schedule, OneShot)):
+        raise InputError("--epochs: without fine-tuning there is one moment to prune; choose schedule: one_shot, or give epochs")
     if kind == "prune" and start is None:
         raise InputError("--from: missing; give the .safetensors file of the trained model")
     choices = Choices(
@@ -168,6 +187,7 @@ def run(job: Job, folder: Path, *, baselines: Path | None = None, sitting: Sitti
         return done
     with threads(job.training.threads), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"niwaki\.")  # the sparsifier's sentences: they are in the record
+        try_out(job.task, job.data, job.build())
         job.plans()
         record = Record(identity=choices.identity(), choices=choices, environment=environment())
         with opened(folder, record) if first else nullcontext():
@@ -191,14 +211,15 @@ def run(job: Job, folder: Path, *, baselines: Path | None = None, sitting: Sitti
 
 
 def _check_examples(task: Task, data: Data, training: Training) -> None:
-    """Refuse what would only show much later: no examples, batches larger than the data, wrong labels."""
-    for which, examples in (("training", data.train), ("test", data.test)):
-        if len(examples) == 0:
-            raise InputError(f"--task: {task.name} has no {which} examples")
+    """Refuse what would only show much later: batches larger than the data, or cut into too many parts, wrong labels."""
     if training.batch_size > len(data.train):
         raise InputError(
             f"--set: batch_size={training.batch_size} is more than the {len(data.train):,} training examples of {task.name};"
             f" choose at most {len(data.train)}"
+        )
+    if training.accumulate > training.batch_size:
+        raise InputError(
+            f"--set: accumulate={training.accumulate} cuts a batch of {training.batch_size} into more parts than it has examples"
         )
     if data.classes:
         for which, examples in (("training", data.train), ("test", data.test)):

@@ -79,6 +79,15 @@ def evaluate(model: nn.Module, task: Task, examples: Examples, *, classes: bool 
         NiwakiError: a metric is not finite.
     """
     modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a model that draws random numbers even now gets the same ones each time
+        found = _evaluate(model, task, examples, classes, batch)
+    for module, mode in modes:
+        module.training = mode
+    return found
+
+
+def _evaluate(model: nn.Module, task: Task, examples: Examples, classes: bool, batch: int) -> Evaluation:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model.eval()
     sums = dict.fromkeys(task.metrics, 0.0)
@@ -90,8 +99,6 @@ def evaluate(model: nn.Module, task: Task, examples: Examples, *, classes: bool 
             sums[name] += float(metric.values(outputs, targets).sum(dtype=torch.float64))
         if classes:
             predicted.append(task.logits(outputs).argmax(dim=-1).cpu())
-    for module, mode in modes:
-        module.training = mode
     metrics = {name: total / len(examples) for name, total in sums.items()}
     for name, value in metrics.items():
         if not math.isfinite(value):

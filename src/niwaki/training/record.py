@@ -166,7 +166,7 @@ class Choices(_Part):
     Attributes:
         kind: ``run`` (a dense training beside a sparse one) or ``prune`` (a trained model, pruned; the dense model is the trained one).
         task: name of the task.
-        task_code: SHA-256 of a user's own task file; None for built-in tasks.
+        task_code: SHA-256 of a user's own task: its file, the modules beside it that it imports, its name; None for built-in tasks.
         data: SHA-256 of the examples.
         model: name of the model.
         start: the trained weights that it starts from, or None.

@@ -20,7 +20,8 @@ from niwaki.training.baseline import Baseline
 from niwaki.training.folder import sha256
 from niwaki.training.loop import Evaluation, on, targets
 from niwaki.training.record import MODEL_FILE, Class, Layer, Measure, Predictions, Results, Storage, Stored
-from niwaki.training.trainer import Trained, Trainer
+from niwaki.training.state import Trained
+from niwaki.training.trainer import Trainer
 
 TIME = "wall time of the training with an evaluation after each epoch, over all sittings; varies"
 
@@ -48,7 +49,8 @@ def results(
     with_classes = bool(data.classes)
     before, found = (trainer.evaluate(model, with_classes) for model in (dense, sparse))
     _check_stored(path, plain, trainer, trained, found)
-    accuracy = [one.metrics.get("accuracy") for one in (found, before)]
+    is_share = "accuracy" in task.metrics and task.metrics["accuracy"].percent
+    accuracy = [one.metrics["accuracy"] if is_share else None for one in (found, before)]
     example = on(trainer.device, tuple(task.example(data)))
     measured = measure(sparse, example, masks, dense=dense, accuracy=accuracy[0], dense_accuracy=accuracy[1])
     shapes = {canonical_name(name): list(parameter.shape) for name, parameter in sparse.named_parameters()}

@@ -27,7 +27,7 @@ from niwaki.training import jobs
 from niwaki.training.baseline import Sitting
 from niwaki.training.folder import finished_before
 from niwaki.training.record import Epoch, Record, read
-from niwaki.training.sweep_file import Point, Run, resolve
+from niwaki.training.sweep_file import IDENTITY, Point, Run, resolve
 
 SCHEMA = "niwaki.sweep/1"
 FILE = "sweep.json"
@@ -56,6 +56,15 @@ class Outcome:
     record: Record | None = None
     error: str = ""
     traceback: str = ""
+
+
+def placed(runs: Sequence[Run], out: Path) -> list[Run]:
+    """Return the runs with the folders that they have in ``out``, where a sweep with other axes may have named them differently."""
+    try:
+        there = {path.name[-IDENTITY:]: path.name for path in out.iterdir() if path.name[-IDENTITY - 1 : -IDENTITY] == "-"}
+    except OSError:  # not there yet, or not usable, which is told when it is made
+        return list(runs)
+    return [replace(run, folder=there.get(run.choices.identity()[:IDENTITY], run.folder)) for run in runs]
 
 
 def outcomes(runs: Sequence[Run], out: Path) -> list[Outcome]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -40,10 +41,23 @@ class Point(Strict):
     start: Annotated[str | None, Field(alias="from")] = None
     training: dict[str, Any] = Field(default_factory=dict)
 
-    def __str__(self) -> str:
-        given = self.model_dump(by_alias=True, exclude_unset=True, exclude={"training"}) | self.training
-        return ", ".join(f"{name} {value}" for name, value in given.items())
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the file says of it: field or setting -> value."""
+        return self.model_dump(by_alias=True, exclude_unset=True, exclude={"training"}) | self.training
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.given.items())
+
+
+NAMED = ("method", "sparsity", "seed")
+"""Fields that the name of a folder always has."""
+
+IDENTITY = 8
+"""Digits of a run's identity in the name of its folder."""
+
+LONGEST_VALUE, LONGEST_NAME = 24, 160
+"""Characters of a value in the name of a folder, and of the whole name."""
 
 FIELDS = (*(field.alias or name for name, field in Point.model_fields.items()), "epochs")
 """What a sweep file can have; ``epochs`` is short for ``training: {epochs: ...}``."""
@@ -51,17 +65,11 @@ FIELDS = (*(field.alias or name for name, field in Point.model_fields.items()), 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a sweep, checked: what was asked, and what it comes to."""
+    """A run of a sweep, checked: what was asked, what it comes to, and the name of its folder."""
 
     point: Point
     choices: Choices
-
-    @property
-    def folder(self) -> str:
-        """Name of its folder: readable, and unlike that of any other run."""
-        sparsity = self.choices.recipe.get("sparsity")
-        words = [Path(self.point.method).stem, *([] if sparsity is None else [f"{sparsity:g}"]), f"seed{self.point.seed}"]
-        return "-".join([*words, self.choices.identity()[:8]])
+    folder: str
 
 
 def read_points(path: Path) -> list[Point]:
@@ -129,6 +137,7 @@ def plan(points: Sequence[Point], where: str) -> list[Run]:
         InputError: a point that cannot be run: which, and why.
     """
     known: dict[tuple[str | None, ...], Task] = {}
+    axes = _several(points)
     runs: dict[str, Run] = {}
     fits: set[str] = set()
     for point in points:
@@ -141,8 +150,25 @@ def plan(points: Sequence[Point], where: str) -> list[Run]:
         except InputError as error:
             error.args = (f"{where}: {point}: {error}",)  # the same error, as it may carry the traceback of a user's own file
             raise
-        runs.setdefault(job.choices.identity(), Run(point, job.choices))
+        runs.setdefault(job.choices.identity(), Run(point, job.choices, _folder(point, job.choices, axes)))
     return list(runs.values())
+
+
+def _several(points: Sequence[Point]) -> list[str]:
+    """Return the fields and settings that differ between points, without those that a folder's name has anyway."""
+    given = [point.given for point in points]
+    names = dict.fromkeys(name for one in given for name in one if name not in NAMED)
+    return [name for name in names if len({repr(one.get(name)) for one in given}) > 1]
+
+
+def _folder(point: Point, choices: Choices, axes: Sequence[str]) -> str:
+    """Return the name of a run's folder: readable, and unlike that of any other run, as it ends with its identity."""
+    sparsity = choices.recipe.get("sparsity")
+    words = [Path(point.method).stem, *([] if sparsity is None else [f"{sparsity:g}"])]
+    for name in axes:
+        value = Path(str(point.given.get(name))).name
+        words.append(re.sub(r"[^A-Za-z0-9._]+", "_", f"{name}_{value[-LONGEST_VALUE:]}"))
+    return f"{'-'.join([*words, f'seed{point.seed}'])[:LONGEST_NAME]}-{choices.identity()[:IDENTITY]}"
 
 
 def resolve(point: Point, known: dict[tuple[str | None, ...], Task]) -> jobs.Job:

@@ -18,11 +18,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from niwaki.calibration import forward
 from niwaki.clock import Clock
 from niwaki.counter import key
-from niwaki.errors import NiwakiError
+from niwaki.errors import InputError, NiwakiError
+from niwaki.gradient import Superset
 from niwaki.masks import Masks
 from niwaki.metrics.flops import forward_flops
 from niwaki.metrics.training_flops import active_flops, step_flops
 from niwaki.prune import pruned
+from niwaki.ranks import mean
 from niwaki.recipe import Recipe
 from niwaki.recipe.stages import Leaf, StageRecipe, unroll
 from niwaki.sparsifier import Sparsifier
@@ -41,69 +43,19 @@ from niwaki.training.loop import (
     steps_per_epoch,
 )
 from niwaki.training.record import Dynamics, Epoch, Stage
+from niwaki.training.state import Counters, Interrupted, Trained, copied, other_buffers
 
 STATISTICS_BATCHES = 16
 """Batches that a recipe gets for statistics before a stage's first step (a SNIP score, say)."""
+
+SMALLEST_SCALE = 2.0**-24
+"""Below this scale of the loss overflowing gradients are given up on."""
 
 ASK_EVERY = 16
 """Steps between two questions to the other processes whether one of them was asked to stop."""
 
 Progress = Callable[[int, int, Epoch | None], None]
 """Called with the steps done, the steps of the whole training, and the epoch that just ended, if one did."""
-
-
-class Interrupted(NiwakiError):
-    """The training was asked to stop; its state is saved."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training left besides the model.
-
-    Attributes:
-        history: epoch by epoch.
-        stages: what was done, one after the other.
-        masks: the final masks.
-        removed: what was taken out of the model (``structured.replay`` takes it).
-        notes: sentences for the user.
-        seconds: wall time, over all sittings.
-        flops_multiplier: FLOPs of the training / those of the dense one of as many steps; 1 when there was no step.
-    """
-
-    history: list[Epoch]
-    stages: list[Stage]
-    masks: Masks
-    removed: dict[str, dict[str, list[int]]]
-    notes: list[str]
-    seconds: float
-    flops_multiplier: float
-
-
-@dataclass
-class Counters:
-    """Where a training is; all of it is in the checkpoint.
-
-    Attributes:
-        leaf: index of the stage.
-        entered: whether that stage has begun.
-        stage_step: steps of it that were taken.
-        step: steps of the whole training.
-        schedule_step: position in the learning-rate schedule.
-        horizon: length of that schedule in steps.
-        begin: step at which the stage began.
-        seconds: wall time so far.
-        flops: forward and backward FLOPs per example so far, added up over the steps.
-    """
-
-    horizon: int
-    leaf: int = 0
-    entered: bool = False
-    stage_step: int = 0
-    step: int = 0
-    schedule_step: int = 0
-    begin: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
 
 
 @dataclass
@@ -135,6 +87,8 @@ class Trainer:
         tokens = self.data.tokens_per_example
         self.clock = Clock(max(run, 1), self.steps_per_epoch, tokens and tokens * self.training.batch_size)
         self.lengths = [(leaf.clock(self.clock).total_steps or 0) if leaf.length is not None and run else 0 for leaf in self.leaves]
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise InputError(f"--model: no parameter of this {type(self.model).__name__} requires gradients; there is nothing to train")
         self.device = next(self.model.parameters()).device
         self.now = Counters(horizon=run)
         self.masks = Masks()
@@ -197,7 +151,8 @@ class Trainer:
                     network = self._network()
                 while self.now.stage_step < length:
                     self.model.train()
-                    self._step(network, leaf)
+                    if not self._step(network, leaf):
+                        continue
                     ended = self.now.step % self.steps_per_epoch == 0 or self.now.stage_step == length
                     if ended:
                         self._close_epoch()
@@ -210,6 +165,7 @@ class Trainer:
                     if time.monotonic() - saved_at >= every:
                         keep()
                 self._leave(leaf)
+        keep()
         self._settle_average()
         self.now.seconds = before + time.monotonic() - began
         dense = step_flops(self._dense_flops, self._dense_flops) * self.now.step
@@ -231,7 +187,7 @@ class Trainer:
         self.sparsifier: Sparsifier | None = None
         example = on(self.device, tuple(self.task.example(self.data)))
         self._flops = forward_flops(self.model, example)
-        self._sparse_flops: float | None = None
+        self._step_flops: tuple[float, float] | None = None
 
     def _begin_average(self) -> None:
         decay = self.training.ema
@@ -241,13 +197,14 @@ class Trainer:
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
 
     def _network(self) -> nn.Module:
-        if processes.world_size() == 1 or not any(parameter.requires_grad for parameter in self.model.parameters()):
+        if processes.world_size() == 1:
             return self.model
         return DistributedDataParallel(self.model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     # ------------------------------------------------------------------ a step
 
-    def _step(self, network: nn.Module, leaf: Leaf) -> None:
+    def _step(self, network: nn.Module, leaf: Leaf) -> bool:
+        """Take a step; return whether it was taken: gradients that overflow have only made the loss's scale smaller."""
         now, world = self.now, processes.world_size()
         epoch, batch = divmod(now.step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
@@ -261,8 +218,7 @@ class Trainer:
         factor = learning_rate_factor(self.training, min(now.schedule_step, now.horizon), now.horizon)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        dense_gradient = self.sparsifier is not None and self.sparsifier.needs_dense_gradient
-        now.flops += step_flops(self._forward_flops(), self._flops.dense, dense_gradient)  # with the masks before this step's update
+        flops = self._flops_of_step()  # with the masks before this step's update
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for part in parts:
@@ -276,6 +232,7 @@ class Trainer:
                 loss = self._loss(network, leaf, on(self.device, inputs), on(self.device, targets)) * share
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        total = mean(total)
         if not math.isfinite(float(total)):
             raise NiwakiError(
                 f"the loss became {float(total)} at step {now.step + 1:,} (epoch {epoch + 1}); a smaller learning rate may help"
@@ -283,12 +240,22 @@ class Trainer:
         if self.training.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            if scale < SMALLEST_SCALE:
+                raise NiwakiError(f"the gradients overflow at step {now.step + 1:,} however the loss is scaled; choose another precision")
+            return False
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+            for averaged, buffer in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
+                if not buffer.is_floating_point():  # a count has no average
+                    averaged.copy_(buffer)
         self.losses.append(total)
+        now.flops += flops
         now.step, now.stage_step, now.schedule_step = now.step + 1, now.stage_step + 1, now.schedule_step + 1
+        return True
 
     def _loss(self, network: nn.Module, leaf: Leaf, inputs: Any, targets: Any) -> Tensor:
         precision = getattr(torch, self.training.precision)
@@ -302,15 +269,20 @@ class Trainer:
                 taught = self.task.logits(forward(self.teacher, inputs))
             return leaf.recipe.objective.loss(loss, self.task.logits(outputs), taught)
 
-    def _forward_flops(self) -> float:
-        """Return the forward FLOPs per example of the model as it is masked now."""
-        if self._sparse_flops is None:
+    def _flops_of_step(self) -> float:
+        """Return the FLOPs per example of the coming step, with the masks as they are now."""
+        if self._step_flops is None:
             masks = self._current_masks()
-            self._sparse_flops = active_flops(self._flops, masks) if masks else self._flops.dense
-        return self._sparse_flops
+            sparse = active_flops(self._flops, masks) if masks else self._flops.dense
+            superset = self.sparsifier is not None and isinstance(self.sparsifier.recipe.gradient, Superset)
+            self._step_flops = sparse, active_flops(self._flops, self.sparsifier.learning) if superset and self.sparsifier else sparse
+        forward_flops, learning_flops = self._step_flops
+        if self.sparsifier is not None and self.sparsifier.needs_dense_gradient:
+            learning_flops = self._flops.dense
+        return step_flops(forward_flops, learning_flops, dense_gradient=True)
 
     def _masks_changed(self, _: Masks) -> None:
-        self._sparse_flops = None
+        self._step_flops = None
 
     def _current_masks(self) -> Masks:
         return self.masks if self.sparsifier is None else self.sparsifier.masks
@@ -367,7 +339,9 @@ class Trainer:
             now.schedule_step, now.horizon = 0, length
         now.horizon = max(now.horizon, now.schedule_step + length)
         self._attach(leaf, length)
-        self._before = self._current_masks()
+        masks = self._current_masks()
+        if masks.keys() != self._before.keys():
+            self._before = masks
 
     def _attach(self, leaf: Leaf, length: int) -> None:
         """Build what the stage needs around the model as it is."""
@@ -388,7 +362,7 @@ class Trainer:
             self.sparsifier.on_masks_changed(self._masks_changed)
             self.sparsifier.attach(self.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._sparse_flops = None
+        self._step_flops = None
 
     def _statistics(self) -> list[tuple[Any, Any]]:
         found = islice(batches(self.data.train, self.training.batch_size, self.seed, epoch=0), STATISTICS_BATCHES)
@@ -408,15 +382,15 @@ class Trainer:
             self.notes += sparsifier.notes
         if leaf.save is not None:
             self.snapshots[leaf.save] = {
-                "model": _copied(self.model.state_dict()),
-                "optimizer": _copied(self.optimizer.state_dict()),
+                "model": copied(self.model.state_dict()),
+                "optimizer": copied(self.optimizer.state_dict()),
                 "schedule": (self.now.schedule_step, self.now.horizon),
             }
         if leaf.restore is not None:
             self._restore(leaf.restore)
         if leaf.finish == "shrink":
             self._shrink()
-        self._sparse_flops = None
+        self._step_flops = None
         self.stages.append(Stage(number=leaf.number, says=leaf.says, begin=self.now.begin, end=self.now.step, sparsity=self.masks.sparsity))
         self.now.leaf, self.now.entered = self.now.leaf + 1, False
 
@@ -439,7 +413,7 @@ class Trainer:
         if restore.optimizer == "fresh":
             self.optimizer = make_optimizer(self.model, self.training)
         elif restore.optimizer != "keep":
-            self.optimizer.load_state_dict(_copied(self.snapshots[restore.optimizer]["optimizer"]))
+            self.optimizer.load_state_dict(copied(self.snapshots[restore.optimizer]["optimizer"]))
         if restore.learning_rate != "keep":
             self.now.schedule_step, self.now.horizon = self.snapshots[restore.learning_rate]["schedule"]
 
@@ -453,7 +427,7 @@ class Trainer:
         self.masks = smaller.masks
         self.notes += smaller.notes
         self.notes.append("finish: shrink made the model smaller; the optimizer starts afresh, and earlier snapshots no longer fit")
-        self.snapshots = {}
+        self.snapshots, self._before = {}, Masks()
         self._take_model()
 
     # ------------------------------------------------------------------ checkpoints
@@ -464,6 +438,7 @@ class Trainer:
             "counters": dict(vars(self.now)),
             "removed": self.removed,
             "model": self.model.state_dict(),
+            "buffers": other_buffers(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -488,6 +463,8 @@ class Trainer:
         if self.now.entered:
             self._attach(self.leaves[self.now.leaf], self.lengths[self.now.leaf])
         self.model.load_state_dict(state["model"])
+        for name, buffer in other_buffers(self.model).items():
+            buffer.copy_(state["buffers"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
@@ -500,13 +477,4 @@ class Trainer:
         self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
         self.stages = [Stage.model_validate(stage) for stage in state["stages"]]
         self.notes = state["notes"]
-        self._sparse_flops = None
-
-
-def _copied(state: Any) -> Any:
-    """Return a nested state with tensors of its own."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    if isinstance(state, dict):
-        return {name: _copied(value) for name, value in state.items()}
-    return type(state)(_copied(value) for value in state) if isinstance(state, list | tuple) else state
+        self._step_flops = None
