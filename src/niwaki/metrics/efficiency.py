@@ -107,7 +107,8 @@ def slack(runs: Sequence[tuple[float, float]], dense_accuracy: float, epsilon: f
     """Return the share of the parameters that can go for at most ``epsilon`` of accuracy: ``1 - nnz_min(epsilon) / n``.
 
     ``n`` is the number of all parameters, and ``nnz_min`` the smallest number of active ones among the runs with
-    ``accuracy >= dense_accuracy - epsilon``, so this is the largest sparsity of all parameters among these; 0 when none of them is that accurate (the dense model always is).
+    ``accuracy >= dense_accuracy - epsilon``, so this is the largest sparsity of all parameters among these; 0 when none of them is that
+    accurate (the dense model always is).
 
     Args:
         runs: (sparsity of all parameters, accuracy) of each, with several seeds the mean accuracy at a sparsity.

@@ -128,9 +128,9 @@ class Curve:
 def occams_hill(
     curves: Sequence[Curve], dense: Sequence[float], *, metric: str = "accuracy", unit: str = "share", regions: Regions | None = None
 ) -> Figure:
-    """Draw a metric against sparsity: means over seeds with ± one standard error, every seed as a dot beside them, the dense mean as a dashed line.
+    """Draw a metric against sparsity: means over seeds with ± one standard error, and the dense mean as a dashed line.
 
-    The horizontal axis is logarithmic in the active share, so that 90, 99 and 99.9 % are equally far apart. Where the curves fall far
+    Every seed is a dot beside the mean. The horizontal axis is logarithmic in the active share, so that 90, 99 and 99.9 % are equally far apart. Where the curves fall far
     below the dense mean, a panel of its own shows what happens near it.
 
     Args:
@@ -213,14 +213,17 @@ def trade_off(points: Sequence[Point], dense: Point, cost: str, metric: str, uni
 
 
 def _draw_curve(axes: Axes, curve: Curve, scale: float, colour: str, marker: str) -> None:
-    from matplotlib.transforms import ScaledTranslation
+    from matplotlib.transforms import offset_copy
 
     at = sorted(curve.points)
     means = [scale * fmean(curve.points[x]) for x in at]
     errors = [scale * _standard_error(curve.points[x]) for x in at]
     seeds = [(x, scale * value) for x in at for value in curve.points[x] if len(curve.points[x]) > 1]
-    beside = axes.transData + ScaledTranslation(5 / 72, 0, axes.get_figure().dpi_scale_trans)
+    beside = offset_copy(axes.transData, axes.figure, x=4, units="points")
     axes.plot([x for x, _ in seeds], [y for _, y in seeds], ".", color=colour, alpha=0.8, markersize=6, transform=beside)
+    if seeds:
+        axes.update_datalim(seeds)  # matplotlib looks at no points that were moved
+        axes.autoscale_view()
     axes.errorbar(at, means, errors, color=colour, marker=marker, capsize=2, elinewidth=1.0, label=curve.name)
 
 
