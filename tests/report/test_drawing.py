@@ -114,11 +114,10 @@ def test_the_sparsity_axis_has_ticks_at_what_was_measured():
 
 
 def test_no_seed_is_cut_off():
-    seeds = [0.70, 0.80, 0.81]
-    svg = figures.occams_hill([figures.Curve("gmp", {0.5: seeds, 0.9: [0.77, 0.78]})], [0.78], unit="number")
+    svg = figures.occams_hill([figures.Curve("gmp", {0.5: [0.70, 0.80, 0.81], 0.9: [0.77, 0.78]})], [0.78], unit="number")
     root = ElementTree.fromstring(svg)
-    frames = [tuple(float(one.get(side)) for side in ("y", "height")) for one in root.iter() if one.tag.endswith("rect")]
-    top, height = frames[0]  # what the dots are clipped to
-    heights = [float(one.get("y")) for one in root.iter() if one.tag.endswith("use") and one.get("y")]
-    dots = [y for y in heights if top <= y <= top + height]
-    assert max(dots) - min(dots) > 0.8 * height
+    frame = next(one for one in root.iter() if one.tag.endswith("rect"))  # what the dots are clipped to
+    top, height = (float(frame.get(side)) for side in ("y", "height"))
+    marks = [float(one.get("y")) for one in root.iter() if one.tag.endswith("use") and one.get("y")]
+    assert len(marks) > 5
+    assert all(top - 0.1 <= y <= top + height + 0.1 for y in marks)

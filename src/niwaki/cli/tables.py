@@ -280,7 +280,9 @@ def _about(record: Record, what: bool = True, seeds: Sequence[int] = ()) -> str:
     if choices.kind == "prune":
         tuned = f"fine-tuned for {epochs}" if choices.training.epochs else "not fine-tuned"
         return f"{named}{seed}{start} · dense: as it is; sparse: {tuned}"
-    return f"{named}{seed}{start} · {epochs} dense, and the same sparse"
+    history = record.results.sparse_history if record.results is not None else []
+    as_long = not history or history[-1].epoch == choices.training.epochs
+    return f"{named}{seed}{start} · {epochs} dense, and {'the same' if as_long else f'{history[-1].epoch:g}'} sparse"
 
 
 def _defined(names: Iterable[tuple[str, str]]) -> RenderableType:

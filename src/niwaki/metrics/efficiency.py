@@ -28,7 +28,10 @@ _ROUNDING = 1e-9
 
 ACCURACY_DENSITY = "top-1 accuracy in per cent / million active parameters (Bianco et al. 2018)"
 
-SLACK = "largest sparsity of all parameters at which the mean accuracy is at most {points:g} points below the dense model's; 0 when there is none"
+SLACK = (
+    "largest sparsity of all parameters at which the mean accuracy is at most {points:g} points below the dense model's;"
+    " 0 when there is none"
+)
 """What slack means, in words; ``points`` is ``100 epsilon``."""
 
 REGIONS: Mapping[str, str] = {

@@ -130,8 +130,8 @@ def occams_hill(
 ) -> Figure:
     """Draw a metric against sparsity: means over seeds with ± one standard error, and the dense mean as a dashed line.
 
-    Every seed is a dot beside the mean. The horizontal axis is logarithmic in the active share, so that 90, 99 and 99.9 % are equally far apart. Where the curves fall far
-    below the dense mean, a panel of its own shows what happens near it.
+    Every seed is a dot beside the mean. The horizontal axis is logarithmic in the active share, so that 90, 99 and 99.9 % are equally far
+    apart. Where the curves fall far below the dense mean, a panel of its own shows what happens near it.
 
     Args:
         curves: one for each method.
@@ -213,13 +213,13 @@ def trade_off(points: Sequence[Point], dense: Point, cost: str, metric: str, uni
 
 
 def _draw_curve(axes: Axes, curve: Curve, scale: float, colour: str, marker: str) -> None:
-    from matplotlib.transforms import offset_copy
+    from matplotlib.transforms import ScaledTranslation
 
     at = sorted(curve.points)
     means = [scale * fmean(curve.points[x]) for x in at]
     errors = [scale * _standard_error(curve.points[x]) for x in at]
     seeds = [(x, scale * value) for x in at for value in curve.points[x] if len(curve.points[x]) > 1]
-    beside = offset_copy(axes.transData, axes.figure, x=4, units="points")
+    beside = axes.transData + ScaledTranslation(4 / 72, 0, axes.figure.dpi_scale_trans)  # 4 points to the right
     axes.plot([x for x, _ in seeds], [y for _, y in seeds], ".", color=colour, alpha=0.8, markersize=6, transform=beside)
     if seeds:
         axes.update_datalim(seeds)  # matplotlib looks at no points that were moved
