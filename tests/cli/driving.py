@@ -70,7 +70,10 @@ def until(happened: Callable[[], object], process: subprocess.Popen[str] | None 
     """Wait for something; fail when the process that should bring it about has ended before."""
     deadline = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
+        if time.monotonic() > deadline:
+            if process is not None:
+                process.kill()
+            raise AssertionError("it did not happen")
         if process is not None and process.poll() is not None and not happened():
             raise AssertionError(f"ended with {process.returncode} before: {process.communicate()}")
         time.sleep(0.005)

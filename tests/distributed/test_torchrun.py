@@ -98,7 +98,6 @@ def test_two_processes_do_what_one_does(folders):
         assert (weight - dense[1][name]).norm() < 0.02 * weight.norm()
 
 
-@pytest.mark.xfail(strict=True, reason="the loss that is recorded, and checked for NaN, is that of the first process's part of each batch")
 def test_the_training_loss_is_that_of_the_whole_batch(folders):
     losses = [[epoch["train_loss"] for epoch in essence(folders[number] / "run")["results"]["dense_history"]] for number in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
