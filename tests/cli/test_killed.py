@@ -81,9 +81,8 @@ def require_the_same(folder: Path, uninterrupted: Path) -> None:
     assert essence(folder / "run") == essence(uninterrupted / "run")
     assert (folder / "run" / "report.html").is_file()
     [baseline] = (folder / ".baselines").iterdir()
-    checkpoint_left = {"checkpoint.safetensors"}  # when it was killed in the moment before the file was to be deleted
-    assert names(folder / "run") - checkpoint_left == {"run.json", "model.safetensors", "report.html"}
-    assert names(baseline) - checkpoint_left == {"baseline.json", "model.safetensors"}
+    assert names(folder / "run") == {"run.json", "model.safetensors", "report.html"}
+    assert names(baseline) == {"baseline.json", "model.safetensors"}
 
 
 def names(folder: Path) -> set[str]:

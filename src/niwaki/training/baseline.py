@@ -82,7 +82,8 @@ def dense(
                     known = Baseline(identity=identity, history=done.history, seconds=done.seconds, model=stored)
                     with replacing(folder / FILE) as file:
                         file.write((json.dumps(known.model_dump(mode="json"), indent=1) + "\n").encode())
-                (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        if processes.rank() == 0:
+            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # also one of a process that was killed just before this
         processes.wait_for_all()
         known = known or _known(folder, identity)
         assert known is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -184,6 +184,8 @@ def run(job: Job, folder: Path, *, baselines: Path | None = None, sitting: Sitti
     choices, first = job.choices, processes.rank() == 0
     done = finished_before(folder, choices)
     if done is not None:
+        with suppress(OSError):  # a process may have been killed just before
+            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return done
     with threads(job.training.threads), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"niwaki\.")  # the sparsifier's sentences: they are in the record
