@@ -132,3 +132,30 @@ def test_a_metric_called_accuracy_need_not_be_a_share(tmp_path):
     results = run(make(plane(metrics={"accuracy": right})), tmp_path / "run").results
     assert results.measures[0].sparse > 1
     assert all(not measure.name.startswith("parameter efficiency") for measure in results.measures)
+
+
+def test_a_model_that_comes_in_evaluation_mode_is_trained_in_training_mode():
+    """As pretrained ones do."""
+    modes = []
+    made = trainer(model="dropout", epochs=1)
+    made.model.eval()
+    made.model[2].register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    made.run()
+    assert modes[:13] == [True] * 13
+
+
+def test_weights_that_are_restored_last_are_masked():
+    made = trainer("stages: [{for: 2 steps, save: a}, {for: 2 steps}, {prune: {fraction: 0.5}}, {restore: {weights: a}}]")
+    masks = made.run().masks
+    assert masks.sparsity == 0.5
+    for name, mask in masks.items():
+        assert (made.model.get_parameter(name)[~mask] == 0).all()
+        assert (made.model.get_parameter(name)[mask] != 0).all()
+
+
+def test_random_pruning_depends_on_the_step():
+    first, second = (
+        trainer(f"stages: [{{for: {steps} steps}}, {{prune: {{fraction: 0.5, saliency: random}}}}]").run().masks for steps in (2, 3)
+    )
+    assert first.active == second.active
+    assert 0.2 < first.iou(second) < 0.5  # 1/3 for independent ones
