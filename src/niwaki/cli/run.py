@@ -23,6 +23,12 @@ from niwaki.errors import InputError
 @training.method_argument
 @training.options
 @click.option("--epochs", type=click.IntRange(min=0), metavar="N", help="Length of each training; by default the task's.")
+@click.option(
+    "--baselines",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where dense baselines are kept; by default .baselines beside --out.",
+)
 @click.option("--cut", is_flag=True, help="For methods whose strength decides: a final exact cut to --sparsity by their learned score.")
 @click.option(
     "--from", "start", type=click.Path(path_type=Path), metavar="FILE", help="Start both trainings from the weights in a .safetensors file."

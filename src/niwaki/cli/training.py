@@ -78,12 +78,6 @@ _OPTIONS = (
         help="For run.json, model.safetensors and report.html; by default a folder in runs/ named by what determines the run.",
     ),
     click.option(
-        "--baselines",
-        type=click.Path(path_type=Path, file_okay=False),
-        metavar="DIR",
-        help="Where dense baselines are kept; by default .baselines beside --out.",
-    ),
-    click.option(
         "--checkpoint-every",
         type=click.FloatRange(min=0),
         default=30.0,
@@ -193,7 +187,7 @@ def carry_out(jobs: Sequence[tuple[Job, Path]], given: Mapping[str, Any], as_jso
             try:
                 with _progress(job, shown=not again and processes.rank() == 0, several=len(jobs) > 1) as progress:
                     sitting = Sitting(every=given["checkpoint_every"], stop=stop, progress=progress)
-                    record = run(job, out, baselines=given["baselines"], sitting=sitting)
+                    record = run(job, out, baselines=given.get("baselines"), sitting=sitting)
             except Interrupted as error:
                 if processes.rank() > 0:  # the first process says it
                     raise click.exceptions.Exit(1) from None

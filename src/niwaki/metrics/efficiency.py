@@ -28,19 +28,6 @@ _ROUNDING = 1e-9
 
 ACCURACY_DENSITY = "top-1 accuracy in per cent / million active parameters (Bianco et al. 2018)"
 
-SLACK = (
-    "largest sparsity of all parameters at which the mean accuracy is at most {points:g} points below the dense model's;"
-    " 0 when there is none"
-)
-"""What slack means, in words; ``points`` is ``100 epsilon``."""
-
-REGIONS: Mapping[str, str] = {
-    "A": "as accurate as dense or more: not below it by more than 2 standard errors of the difference",
-    "B": "slightly worse: at most the tolerance below dense",
-    "C": "collapse: below dense by more than the tolerance",
-}
-"""What the regions of Occam's hill mean, in words; all of them say it of a non-increasing fit to the mean accuracies."""
-
 
 def odds(accuracy: float) -> float:
     """Right answers per wrong one, ``a / (1 - a)``; infinite when all are right."""

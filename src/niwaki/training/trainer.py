@@ -356,7 +356,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 tokens_per_step=self.clock.tokens_per_step,
                 seed=self.seed,
-                data=self._statistics(),
+                data=self._statistics(leaf.recipe.saliency.needs | leaf.recipe.normalization.needs | leaf.recipe.growth.needs),
                 loss=self.task.loss,
             )
             self.sparsifier.on_masks_changed(self._masks_changed)
@@ -364,7 +364,10 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._step_flops = None
 
-    def _statistics(self) -> list[tuple[Any, Any]]:
+    def _statistics(self, needs: frozenset[str]) -> list[tuple[Any, Any]] | None:
+        """Return a few batches for components that need what can only be seen on data, and None for others."""
+        if not needs & {"gradient", "flops"}:
+            return None
         found = islice(batches(self.data.train, self.training.batch_size, self.seed, epoch=0), STATISTICS_BATCHES)
         return [(on(self.device, inputs), on(self.device, targets)) for inputs, targets in found]
 
@@ -375,9 +378,8 @@ class Trainer:
         self.masks, self.sparsifier = self._current_masks(), None
         self._drop_own_groups()
         if leaf.prune is not None:
-            sparsifier = pruned(
-                self.model, leaf.prune, self.masks, seed=self.seed, step=self.now.step, data=self._statistics(), loss=self.task.loss
-            )
+            data = self._statistics(leaf.prune.saliency.needs | leaf.prune.normalization.needs)
+            sparsifier = pruned(self.model, leaf.prune, self.masks, seed=self.seed, step=self.now.step, data=data, loss=self.task.loss)
             self.masks = sparsifier.masks
             self.notes += sparsifier.notes
         if leaf.save is not None:
