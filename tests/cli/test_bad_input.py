@@ -97,7 +97,7 @@ CASES = {
     "seeds in the folder of a run": (("run", "gmp", "--task", "digits", "--out", "old", "--seeds", "2"), "--out: old holds a run"),
     "a report in place of the record": (("compare", "old", "--report", "old/run.json"), "--report: old/run.json does not end in .html"),
     "a record to inspect": (("inspect", "old/run.json"), "old/run.json: this is JSON; give the run's folder"),
-    "a record of before": (("compare", "old"), "its schema is 'niwaki.run/1', this version reads 'niwaki.run/2'"),
+    "a record of before": (("compare", "old"), "its schema is 'niwaki.run/1', this version reads 'niwaki.run/3'"),
 }
 
 FILES = {

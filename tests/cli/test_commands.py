@@ -11,6 +11,8 @@ from cli.driving import TASK
 from niwaki.catalogue import METHODS
 from niwaki.cli import main, niwaki, tables
 from niwaki.errors import NiwakiError
+from niwaki.formats import load
+from niwaki.tasks import find
 from niwaki.training import read
 
 QUICK = ("--task", "digits", "--epochs", "1")
@@ -106,8 +108,30 @@ def test_json_of_a_run_is_its_record(niwaki_command, tmp_path):
     printed = json.loads(outcome.out)
     assert printed.pop("folder") == str(tmp_path / "run")
     assert printed == json.loads((tmp_path / "run" / "run.json").read_text())
-    assert printed["schema"] == "niwaki.run/2"
+    assert printed["schema"] == "niwaki.run/3"
     assert printed["choices"]["model"] == "convnet"
+
+
+def test_shrink_takes_dead_units_out_and_the_file_says_which(niwaki_command, tmp_path):
+    """Everything else is as without the option."""
+    masked, shrunk = tmp_path / "masked", tmp_path / "shrunk"
+    niwaki_command("run", "gmp", *QUICK, "--sparsity", "0.98", "--out", masked)
+    outcome = niwaki_command("run", "gmp", *QUICK, "--sparsity", "0.98", "--shrink", "--out", shrunk)
+    assert (outcome.code, "finish: shrink made the model smaller" in outcome.out) == (0, True)
+    results = [read(folder).results for folder in (masked, shrunk)]
+    assert results[0].sparse_history == results[1].sparse_history
+    assert results[1].measures[0].sparse == pytest.approx(results[0].measures[0].sparse, abs=0.005)
+    removed = results[1].removed
+    assert not results[0].removed
+    task = find("digits", "mlp")
+    model = task.build("mlp", task.data(None), 5)
+    loaded = load(shrunk / "model.safetensors", model=model)
+    assert loaded.removed == removed
+    assert model[1].out_features == len(removed.tensors["1.weight"]["0"]) < 300
+    outcome = niwaki_command("inspect", shrunk)
+    assert f"removed: {model[1].out_features} entries of 1.weight kept along dimension 0" in outcome.out
+    assert json.loads(niwaki_command("inspect", shrunk, "--json").out)["removed"] == removed.model_dump()
+    assert json.loads(niwaki_command("inspect", masked, "--json").out)["removed"] is None
 
 
 def test_without_out_the_folder_is_named_by_what_determines_the_run(niwaki_command, in_folder):

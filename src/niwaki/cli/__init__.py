@@ -15,6 +15,7 @@ import click
 
 from niwaki.cli.bench import bench
 from niwaki.cli.compare import compare
+from niwaki.cli.groups import groups
 from niwaki.cli.inspect import inspect
 from niwaki.cli.methods import methods
 from niwaki.cli.options import Group
@@ -49,7 +50,7 @@ def niwaki(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (run, prune, compare, sweep, inspect, methods, bench):
+for command in (run, prune, compare, sweep, inspect, groups, methods, bench):
     niwaki.add_command(command)
 
 

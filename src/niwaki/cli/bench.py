@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group, no_args_is_help=False, epilog="Example: niwaki bench upkeep")
 def bench() -> None:
-    """Measure on this machine: mask upkeep, selection."""
+    """Measure on this machine: mask upkeep, selection; try on how many architectures removal works; compare criteria for filters."""
 
 
 @bench.command(epilog="\b\nExamples:\n  niwaki bench upkeep\n  niwaki bench upkeep --network resnet20 --rounds 50")
@@ -59,6 +60,117 @@ def select(scores: tuple[int, ...], sparsity: float, rounds: int, as_json: bool)
         rows = measurement.run(scores or measurement.SIZES, rounds, sparsity=sparsity, progress=progress)
     about = f"the best {1 - sparsity:.0%} of the scores, {rows[0]['threads']} threads, {rounds} rounds"
     _show("selection", about, rows, measurement.table(rows), measurement.DEFINITIONS, as_json)
+
+
+@bench.command(
+    epilog="\b\nExamples:\n  niwaki bench coverage\n  niwaki bench coverage --architecture llama --architecture swin --sparsity 0.5"
+)
+@click.option("--architecture", "names", multiple=True, metavar="NAME", help="Such as llama or timm:resnet50; by default all.")
+@click.option(
+    "--sparsity",
+    "sparsities",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="S",
+    help="Share of the units that go; by default 0.25 and 0.5.",
+)
+@click.option("--export", is_flag=True, help="Try torch.export on each one too.")
+@json_option
+def coverage(names: tuple[str, ...], sparsities: tuple[float, ...], export: bool, as_json: bool) -> None:
+    """Make architectures really smaller, and check what holds afterwards.
+
+    The project's own networks and torch's, and those of transformers, timm and Torch-Pruning where these are installed.
+    """
+    from niwaki.bench import coverage as measurement
+    from niwaki.bench.architectures import architectures
+
+    known = architectures()
+    for name in names:
+        if name not in known:
+            raise InputError(f"--architecture: there is no architecture {name!r}; {did_you_mean(name, known)}")
+    with _progress("trying") as progress:
+        rows = measurement.run(names or None, sparsities=sparsities or measurement.SPARSITIES, export=export, progress=progress)
+    about = f"{len({row['architecture'] for row in rows})} architectures, random units of every group of channels and heads"
+    _show("coverage", about, rows, measurement.table(rows), (*measurement.summary(rows), *measurement.DEFINITIONS), as_json)
+
+
+@bench.command(
+    epilog="\b\nExamples:\n  niwaki bench structured --data DATA --out structured.json\n"
+    "  niwaki bench structured --data DATA --out structured.json --model resnet20 --criterion fpgm --criterion taylor"
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="NIWAKI_DATA",
+    metavar="DIR",
+    help="With CIFAR-10 and models/cifar10_MODEL.safetensors; by default what the variable NIWAKI_DATA says.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON; what it already holds is not repeated.")
+@click.option("--model", "networks", multiple=True, metavar="NAME", help="resnet20 or resnet56; by default both.")
+@click.option("--criterion", "criteria", multiple=True, metavar="NAME", help="Such as filter_l1, fpgm or taylor; by default all six.")
+@click.option("--allocation", "allocations", multiple=True, metavar="NAME", help="uniform or search; by default uniform.")
+@click.option("--by", "makers", multiple=True, metavar="NAME", help="niwaki or torch-pruning; by default both, if both are installed.")
+@click.option(
+    "--flops",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    metavar="F",
+    help="Budget, as a share.",
+)
+@click.option("--epochs", type=click.IntRange(min=0), default=3, show_default=True, metavar="N", help="Of fine-tuning.")
+@click.option("--show", is_flag=True, help="Measure nothing: show what --out holds.")
+@click.option("--latencies", is_flag=True, help="Train nothing: measure the latencies of what --out holds anew.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="K", help="Of everything random.")
+@json_option
+def structured(
+    data: Path | None,
+    out: Path,
+    networks: tuple[str, ...],
+    criteria: tuple[str, ...],
+    allocations: tuple[str, ...],
+    makers: tuple[str, ...],
+    flops: float,
+    epochs: int,
+    seed: int,
+    show: bool,
+    latencies: bool,
+    as_json: bool,
+) -> None:
+    """Prune filters of pretrained networks by several criteria at one budget of FLOPs, and fine-tune all alike.
+
+    This takes minutes a case, and hours for all of them; it can be interrupted, and goes on with the case that it was at.
+    """
+    from niwaki.bench import structured as measurement
+
+    installed = [measurement.NIWAKI, *([measurement.PEER] if measurement.has_peer() else [])]
+    given = (
+        ("model", networks, measurement.NETWORKS),
+        ("criterion", criteria, measurement.CRITERIA),
+        ("allocation", allocations, measurement.ALLOCATIONS),
+        ("by", makers, installed),
+    )
+    for option, names, known in given:
+        for name in names:
+            if name not in known:
+                raise InputError(f"--{option}: there is no {name!r}; {did_you_mean(name, known)}")
+    chosen = measurement.cases(
+        networks or measurement.NETWORKS, criteria or tuple(measurement.CRITERIA), allocations or ("uniform",), makers or installed
+    )
+    with _progress("measuring") as progress:
+        rows = (
+            measurement.stored(out)
+            if show
+            else measurement.run(chosen, data, out, budget=flops, epochs=epochs, seed=seed, progress=progress)
+        )
+    _show(
+        "structured pruning",
+        "filters of pretrained CIFAR-10 networks, all fine-tuned alike",
+        rows,
+        measurement.table(rows),
+        measurement.DEFINITIONS,
+        as_json,
+    )
 
 
 def _show(title: str, about: str, rows: list[dict[str, Any]], table: Table, notes: Iterable[str], as_json: bool) -> None:

@@ -16,6 +16,7 @@ from niwaki.errors import InputError
 if TYPE_CHECKING:
     from niwaki.formats.description import Entry
     from niwaki.formats.files import Reader
+    from niwaki.removed import Removed
     from niwaki.training.record import Record
 
 DEFINITIONS = (
@@ -25,6 +26,10 @@ DEFINITIONS = (
     "bound: m k + log2 C(n, m) bits for m of n values of k bits each, which no lossless format goes below for every such choice; m are the"
     " values that are not masked, or without a mask those with any bit set (-0.0 has one).",
 )
+
+
+REMOVALS = 12
+"""Sentences about what was taken out of the model that are printed."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,9 @@ def inspect(path: Path, as_json: bool) -> None:
     if path.is_file() and _is_json(path):
         raise InputError(f"{path}: this is JSON; give the run's folder, or a .safetensors file")
     file, record = _run(path) if path.is_dir() else (path, None)
-    rows, metadata = rows_of(file)
+    rows, metadata, removed = rows_of(file)
     if not as_json:
-        _print(file, rows, metadata, record)
+        _print(file, rows, metadata, removed, record)
         return
     print_json(
         {
@@ -76,6 +81,7 @@ def inspect(path: Path, as_json: bool) -> None:
             "metadata": metadata,
             "tensors": [asdict(row) for row in rows],
             "total": asdict(_total("all tensors", rows)),
+            "removed": None if removed is None else removed.model_dump(),
             "run": None if record is None else _summary(record),
         }
     )
@@ -97,8 +103,10 @@ def _is_json(path: Path) -> bool:
     return start.startswith(b"{") and b"\0" not in start
 
 
-def rows_of(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """Return the tensors of a file, and its metadata other than the description of encodings. One tensor is in memory at a time.
+def rows_of(path: Path) -> tuple[list[Row], dict[str, str], Removed | None]:
+    """Return the tensors of a file, its metadata other than the description of encodings, and what had been taken out of the model.
+
+    One tensor is in memory at a time.
 
     Raises:
         InputError: the file cannot be read, is damaged, or is not what the format allows.
@@ -109,7 +117,7 @@ def rows_of(path: Path) -> tuple[list[Row], dict[str, str]]:
     with reading(path) as file:
         metadata = {name: text for name, text in file.metadata.items() if name != "niwaki"}
         if "niwaki" not in file.metadata:
-            return [_plain(file, name) for name in file.names], metadata
+            return [_plain(file, name) for name in file.names], metadata, None
         description = Description.from_text(file.metadata["niwaki"], path)
         rows = {name: _described(file, name, entry) for name, entry in description.tensors.items()}
         tied = [_alias(alias, rows[name]) for alias, name in description.tied.items()]
@@ -117,7 +125,7 @@ def rows_of(path: Path) -> tuple[list[Row], dict[str, str]]:
         for name in file.names:
             if name not in known:
                 raise InputError(f"{path}: {name!r} is not in the niwaki description")
-        return [*rows.values(), *tied], metadata
+        return [*rows.values(), *tied], metadata, description.removed or None
 
 
 def _plain(file: Reader, name: str) -> Row:
@@ -174,7 +182,7 @@ def _total(name: str, rows: Sequence[Row]) -> Row:
     )
 
 
-def _print(file: Path, rows: Sequence[Row], metadata: dict[str, str], record: Record | None) -> None:
+def _print(file: Path, rows: Sequence[Row], metadata: dict[str, str], removed: Removed | None, record: Record | None) -> None:
     from niwaki.cli.tables import print_rows, table_of
     from niwaki.metrics.units import show
 
@@ -187,6 +195,9 @@ def _print(file: Path, rows: Sequence[Row], metadata: dict[str, str], record: Re
         table.add_row(*_cells(_total("masked tensors", with_mask)))
     table.add_row(*_cells(_total("all tensors", rows)), style="bold")
     notes = [f"{name}: {text:.200}" for name, text in metadata.items()]
+    taken = [] if removed is None else removed.in_words()
+    notes += [f"removed: {text}" for text in taken[:REMOVALS]]
+    notes += [f"removed: {len(taken) - REMOVALS} more; --json shows all"] if len(taken) > REMOVALS else []
     print_rows(str(file), " · ".join([show(file.stat().st_size, "bytes"), *_about(record)]), table, [*notes, *DEFINITIONS])
 
 

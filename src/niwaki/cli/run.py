@@ -36,9 +36,10 @@ from niwaki.errors import InputError
 @click.option(
     "--seeds", type=click.IntRange(min=1), metavar="N", help="Run N times, with seeds --seed, --seed + 1, ...: folders OUT/seed-K."
 )
+@click.option("--shrink", is_flag=True, help="In the end, take out of the model what is masked as a whole: it is smaller then, and dense.")
 @click.option("--dry-run", is_flag=True, help="Show which tensor would lose how much, when and why; train and write nothing.")
 @json_option
-def run(method: str, cut: bool, seeds: int | None, dry_run: bool, as_json: bool, **options: Any) -> None:
+def run(method: str, cut: bool, seeds: int | None, shrink: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train a dense baseline, train again while METHOD sparsifies, evaluate, save, and compare.
 
     METHOD is a name that `niwaki methods` lists, or a YAML file with a recipe. Both trainings start from the same weights and see the
@@ -48,6 +49,10 @@ def run(method: str, cut: bool, seeds: int | None, dry_run: bool, as_json: bool,
     from niwaki import catalogue
 
     recipe = catalogue.find(method, options["sparsity"], cut)
+    if shrink:
+        from niwaki.recipe.stages import then_shrink
+
+        recipe = then_shrink(recipe)
     task = training.task(options)
     asked = [training.job(task, recipe, method, {**options, "seed": options["seed"] + i}) for i in range(seeds or 1)]
     if dry_run:

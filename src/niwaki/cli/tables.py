@@ -22,6 +22,7 @@ from niwaki.report.words import change, deviation, difference
 
 if TYPE_CHECKING:
     from niwaki.catalogue import Method
+    from niwaki.dependency import Groups
     from niwaki.dry_run import Plan
     from niwaki.recipe.stages import Leaf
     from niwaki.training.jobs import Job
@@ -54,6 +55,21 @@ def console() -> Console:
     if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = WIDTH_WITHOUT_TERMINAL
     return out
+
+
+def print_groups(model: str, groups: Groups) -> None:
+    """Print the dependency groups of a model."""
+    from niwaki.dependency.member import COLUMNS
+
+    table = Table(box=box.SIMPLE_HEAD, title=f"Dependency groups of {model}", title_justify="left")
+    for header in COLUMNS:
+        table.add_column(header, justify="right" if header in ("units", "along") else "left", overflow="fold")
+    for group in groups:
+        table.add_row(*group.row())
+    out = console()
+    out.print(table)
+    for note in groups.notes:
+        out.print(f"note: {note}")
 
 
 def print_run(record: Record, folder: Path, again: bool, definitions: bool) -> None:
