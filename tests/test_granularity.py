@@ -14,7 +14,20 @@ from torch import Tensor, nn
 
 from niwaki.component import REGISTRY, build
 from niwaki.errors import InputError
-from niwaki.granularity import Block, Element, Granularity, InputChannel, Kernel, OutputChannel, PatternNM, Vector
+from niwaki.granularity import (
+    Block,
+    Channel,
+    Element,
+    Granularity,
+    Grouped,
+    Head,
+    InputChannel,
+    Kernel,
+    OutputChannel,
+    PatternNM,
+    Vector,
+    WholeLayer,
+)
 from niwaki.layout import ROLES, Layout, layout_of
 
 # ---------------------------------------------------------------- the oracle: where each weight sits, by torch's own documentation
@@ -545,8 +558,12 @@ def test_whole_pieces_fit_everywhere():
         ({"vector": {"length": 8, "dimension": "kernel"}}, Vector(length=8, dimension="kernel")),
         ("kernel", Kernel()),
         ("output_channel", OutputChannel()),
-        ("filter", OutputChannel()),
-        ("channel", OutputChannel()),
+        ("filter", Channel()),
+        ("channel", Channel()),
+        ({"channel": {"aggregate": "l2"}}, Channel(aggregate="l2")),
+        ("head", Head()),
+        ("layer", WholeLayer()),
+        ({"group": {"kinds": ["channel", "head_dim"], "aggregate": "max"}}, Grouped(kinds=("channel", "head_dim"), aggregate="max")),
         ("input_channel", InputChannel()),
     ],
     ids=str,
@@ -572,6 +589,11 @@ def test_recipe_texts_round_trip(data, expected):
         ("elements", "did you mean 'element'"),
         ("2/4", "unknown component '2/4'"),
         ("2:4:8", "unknown component"),
+        ({"group": {"kinds": ["layer", "channel"]}}, "'layer' stands alone"),
+        ({"group": {"kinds": ["chanel"]}}, "'channel'"),
+        ({"group": {"kinds": []}}, "at least 1"),
+        ({"channel": {"kinds": ["head"]}}, "'channel'"),
+        ({"channel": {"aggregate": "median"}}, "'mean'"),
     ],
     ids=str,
 )
@@ -583,7 +605,7 @@ def test_wrong_recipes_are_one_line(data, part):
 
 def test_every_granularity_says_what_it_is():
     assert set(REGISTRY["granularity"]) == {
-        "element", "n_m", "block", "vector", "kernel", "output_channel", "filter", "channel", "input_channel"
+        "element", "n_m", "block", "vector", "kernel", "output_channel", "input_channel", "filter", "channel", "head", "layer", "group"
     }  # fmt: skip
     for kind in REGISTRY["granularity"].values():
         assert kind.equation

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from niwaki.errors import InputError
-from niwaki.layout import Layout, layout_of
+from niwaki.layout import Layout, is_normalization, layout_of
 
 MODULES = {
     "linear": nn.Linear(3, 4, bias=False),
@@ -165,3 +165,24 @@ def test_the_transposed_linear_layer_of_gpt_2_is_known_by_its_name():
     assert (found.roles, found.shape) == (("input", "output"), (3, 5))
     assert layout_of(type("Conv1D", (nn.Module,), {})(), "weight", (3, 5)) is None
     assert layout_of(conv1d(), "bias", (5,)) is None
+
+
+def test_normalizations_are_known_by_their_name():
+    class LlamaRMSNorm(nn.Module):
+        pass
+
+    class Scale(nn.LayerNorm):
+        pass
+
+    for module in (
+        nn.BatchNorm1d(2),
+        nn.SyncBatchNorm(2),
+        nn.GroupNorm(1, 2),
+        nn.InstanceNorm2d(2),
+        nn.RMSNorm(2),
+        LlamaRMSNorm(),
+        Scale(2),
+    ):
+        assert is_normalization(module)
+    for module in (nn.Linear(2, 2), nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2))):
+        assert not is_normalization(module)

@@ -3,13 +3,14 @@ import math
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from niwaki.clock import Clock, Time
 from niwaki.component import build
 from niwaki.errors import InputError
-from niwaki.schedule import Constant, Cosine, Cubic, Exponential, Iterative, Linear, Listed, OneShot, Phases
+from niwaki.schedule import Constant, Cosine, Cubic, Exponential, Iterative, Linear, Listed, MaskStability, OneShot, Phases
 
 RAMPS = [Linear, Cubic, Exponential, Cosine]
 CLOCK = Clock(total_steps=1000, steps_per_epoch=10, tokens_per_step=64)
@@ -215,6 +216,40 @@ def test_a_table_is_resolved_by_the_clock_that_is_asked():
     assert updates(schedule, 0.5, Clock(steps_per_epoch=4)) == {0: 0.0, 8: 0.5}
 
 
+# --- mask stability
+
+
+def test_candidates_are_drawn_until_the_end():
+    schedule = MaskStability(begin="1 epochs", end="10 steps")
+    assert updates(schedule, 0.5, Clock(steps_per_epoch=4)) == {4: 0.5, 8: 0.5, 10: 0.5}
+    assert schedule.last(Clock(steps_per_epoch=4)) == 10
+    assert [Constant().candidates, schedule.candidates] == [0, 5]
+    assert Constant().accepts([])
+
+
+def test_a_mask_acts_when_it_resembles_the_others_of_its_window():
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.rand(200, generator=generator) < 0.5]
+    for flips in (60, 30, 10, 10, 5, 0, 5, 0):
+        changed = masks[-1].clone()
+        changed[torch.randperm(200, generator=generator)[:flips]] ^= True
+        masks.append(changed)
+    schedule = MaskStability(window=4, distance=0.1)
+    for n in range(1, len(masks) + 1):
+        window = masks[max(n - 4, 0) : n]
+        distances = [sum(a != b for a, b in zip(window[-1].tolist(), mask.tolist(), strict=True)) / 200 for mask in window[:-1]]
+        assert schedule.accepts(masks[:n]) == (len(window) == 4 and max(distances) < 0.1)
+    assert schedule.accepts(masks)
+    assert not schedule.accepts(masks[:4])
+
+
+def test_the_distance_itself_is_not_below_it():
+    near, far = torch.zeros(10, dtype=torch.bool), torch.zeros(10, dtype=torch.bool)
+    far[0] = True
+    assert not MaskStability(window=2, distance=0.1).accepts([near, far])
+    assert MaskStability(window=2, distance=0.11).accepts([near, far])
+
+
 # --- what is wrong
 
 
@@ -237,6 +272,8 @@ def test_a_table_is_resolved_by_the_clock_that_is_asked():
         ),
         ({"list": {"sparsity": [0.1, 0.5], "at": ["1 epochs", "10 steps"]}}, r"list.at: times must increase"),
         ({"phases": {"dense": [0], "sparse": [0.01], "unit": "epochs"}}, r"phases: two phases begin at step 0"),
+        ({"mask_stability": {"begin": "1 run"}}, r"mask_stability: end .* must come after begin"),
+        ({"mask_stability": {"every": "0 epochs"}}, r"mask_stability.every: must be longer than zero"),
     ],
 )
 def test_times_that_do_not_fit_the_run_are_refused_in_one_line(data, message):
@@ -279,6 +316,8 @@ def test_a_unit_that_the_run_cannot_resolve_is_refused(data):
         ({"list": {"sparsity": [0.5], "every": "soon"}}, r"schedule\.list\.every: a time is a number with a unit"),
         ({"list": {"sparsity": [0.5], "at": ["soon"]}}, r"schedule\.list\.at\.0: a time is a number with a unit"),
         ({"list": {"sparsity": [], "every": "1 steps"}}, r"list\.sparsity: "),
+        ({"mask_stability": {"window": 1}}, r"mask_stability\.window: .*greater than or equal to 2"),
+        ({"mask_stability": {"distance": 0}}, r"mask_stability\.distance: .*greater than 0"),
     ],
 )
 def test_wrong_fields_are_refused_in_one_line(data, message):

@@ -429,7 +429,7 @@ def test_the_guard_keeps_one_piece_and_says_so():
 
 @pytest.mark.parametrize(
     "granularity",
-    ["2:4", "1:3", "4x1", "2x2", "kernel", "filter", "input_channel", "{vector: {length: 4, dimension: input}}"],
+    ["2:4", "1:3", "4x1", "2x2", "kernel", "output_channel", "input_channel", "{vector: {length: 4, dimension: input}}"],
 )
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_granularities_train_and_count(granularity, allocation):
@@ -452,7 +452,7 @@ def test_granularities_train_and_count(granularity, allocation):
                 assert (rows[:, start : start + m].sum(1) == min(n, mask.shape[1] - start)).all()
     else:
         assert 0.1 < masks.sparsity < 0.9
-    if granularity == "filter":
+    if granularity == "output_channel":
         assert all(mask.flatten(1).all(1).logical_or(~mask.flatten(1).any(1)).all() for mask in masks.values())
 
 

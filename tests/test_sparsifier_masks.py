@@ -312,3 +312,11 @@ def test_a_state_with_other_held_tensors_is_refused():
     state = hold(model, masks).state_dict()
     with pytest.raises(niwaki.InputError, match=r"conv2\.weight is a target of only one of them"):
         hold(net(), Masks({name: masks[name] for name in TARGETS if name != "conv2.weight"})).load_state_dict(state)
+
+
+def test_a_threshold_leaves_a_tensor_empty_that_masks_have_emptied():
+    model = net()
+    nothing = niwaki.Masks({"fc1.weight": torch.zeros(24, 128, dtype=torch.bool)})
+    sparsifier = niwaki.Sparsifier(model, recipe("selection: {threshold: 0.05}"), masks=nothing, total_steps=1)
+    assert sparsifier.masks["fc1.weight"].sum() == 0
+    assert torch.equal(sparsifier.masks["fc2.weight"], model.fc2.weight.abs() >= 0.05)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from niwaki.errors import InputError
 from niwaki.recipe import Recipe
-from niwaki.target import Weights, select_targets
+from niwaki.target import NormScale, Weights, select_targets
 
 
 class Small(nn.Module):
@@ -230,7 +230,7 @@ def test_errors_name_the_field_and_the_nearest_in_one_line(model, fields, said):
 
 
 def test_targets_of_a_recipe_that_cannot_be_bound():
-    with pytest.raises(InputError, match=r"^target: target 'gradients' does not name weights of a model; choices: weights$"):
+    with pytest.raises(InputError, match=r"^target: target 'gradients' does not name weights of a model; choices: norm_scale, weights$"):
         select_targets(Small(), Recipe.from_yaml("{sparsity: 0.5, target: gradients}").target)
 
 
@@ -270,3 +270,59 @@ def test_a_sharded_parameter_has_the_layout_of_the_whole():
         assert [t.layout.shape for t in targets] == [(2, 3, 2, 3, 3), (5, 6)]
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------ scales of normalizations
+
+
+class Normalized(nn.Module):
+    """Every kind of normalization, one without a scale, and one that is only called so."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch = nn.BatchNorm2d(4)
+        self.plain = nn.BatchNorm1d(3, affine=False)
+        self.group = nn.GroupNorm(2, 6)
+        self.instance = nn.InstanceNorm2d(5, affine=True)
+        self.layer = nn.LayerNorm((2, 3))
+        self.root = nn.RMSNorm(7)
+        self.own = LlamaRMSNorm(8)
+        self.linear = nn.Linear(3, 3)
+
+
+class LlamaRMSNorm(nn.Module):
+    """A normalization that is no class of torch."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+def test_norm_scales_are_the_weights_of_normalizations():
+    targets, left_out = select_targets(Normalized(), NormScale())
+    assert [(t.name, t.layout.shape) for t in targets] == [
+        ("batch.weight", (4,)),
+        ("group.weight", (6,)),
+        ("instance.weight", (5,)),
+        ("layer.weight", (2, 3)),
+        ("root.weight", (7,)),
+        ("own.weight", (8,)),
+    ]
+    assert {left.name: left.reason for left in left_out} == dict.fromkeys(
+        ["batch.bias", "group.bias", "instance.bias", "layer.bias", "linear.weight", "linear.bias"], "not a normalization scale"
+    )
+
+
+def test_norm_scales_by_name():
+    model = Normalized()
+    assert [t.name for t in select_targets(model, NormScale(include=["batch", "o*"], exclude=["own"]))[0]] == ["batch.weight"]
+    for fields, said in (
+        ({"include": ["linear"]}, "target.norm_scale.include: pattern 'linear' matches no normalization scale of the model; nearest: "),
+        ({"include": ["linear.weight"]}, "target.norm_scale.include: pattern 'linear.weight' matches no normalization scale of the model"),
+        ({"exclude": ["*"]}, "target.norm_scale: no normalization scale is left (batch.weight: excluded by '*'; "),
+    ):
+        with pytest.raises(InputError) as error:
+            select_targets(model, NormScale(**fields))
+        assert str(error.value).startswith(said)
+    with pytest.raises(InputError, match=r"^target\.norm_scale: no normalization scale is left \(the model has none\)"):
+        select_targets(nn.Linear(2, 2), NormScale())

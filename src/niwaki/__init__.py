@@ -13,10 +13,25 @@ if TYPE_CHECKING:
     from niwaki.measurement import measure
     from niwaki.recipe import Recipe
     from niwaki.sparsifier import Sparsifier
+    from niwaki.structured import shrink
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "InputError", "Masks", "NiwakiError", "Plan", "Recipe", "Sparsifier", "load", "measure", "method", "plan", "save"]
+__all__ = [
+    "METHODS",
+    "InputError",
+    "Masks",
+    "NiwakiError",
+    "Plan",
+    "Recipe",
+    "Sparsifier",
+    "load",
+    "measure",
+    "method",
+    "plan",
+    "save",
+    "shrink",
+]
 
 _HOMES = {
     "catalogue": ("METHODS", "method"),
@@ -27,6 +42,7 @@ _HOMES = {
     "measurement": ("measure",),
     "recipe": ("Recipe",),
     "sparsifier": ("Sparsifier",),
+    "structured": ("shrink",),
 }
 
 

@@ -22,18 +22,17 @@ REGISTRY: dict[str, dict[str, type[Component]]] = {}
 """Slot of the recipe -> component name -> class."""
 
 PLANNED: dict[str, frozenset[str]] = {
-    "target": frozenset({"norm_scale", "heads", "activations", "errors", "gradients", "router"}),
-    "granularity": frozenset({"head", "layer"}),
+    "target": frozenset({"heads", "activations", "errors", "gradients", "router"}),
     "saliency": frozenset(
-        {"activity", "apoz", "similarity", "fpgm", "norm_scale", "synflow", "grasp", "force", "accumulated_movement", "obd", "obs"}
+        {"apoz", "synflow", "grasp", "force", "accumulated_movement", "obd", "obs"}
         | {"woodfisher", "woodtaylor", "mfac", "kfac", "eigendamage", "signal_to_noise", "wanda", "sparsegpt"}
     ),
     "allocation": frozenset({"flops_budget", "latency_budget", "sensitivity", "redistribution"}),
-    "schedule": frozenset({"adaptive", "threshold_ramp", "mask_stability"}),
-    "selection": frozenset({"threshold", "hysteresis", "bernoulli", "gumbel", "sampled_top_k"}),
+    "schedule": frozenset({"adaptive", "threshold_ramp"}),
+    "selection": frozenset({"hysteresis", "bernoulli", "gumbel", "sampled_top_k"}),
     "growth": frozenset({"momentum", "locality"}),
     "relaxation": frozenset({"hard_concrete", "sigmoid_anneal", "variational_noise"}),
-    "penalty": frozenset({"l1", "l2", "lp", "group_lasso", "sparse_group_lasso", "hoyer", "polarization", "expected_l0", "kl"}),
+    "penalty": frozenset({"l2", "lp", "sparse_group_lasso", "hoyer", "polarization", "expected_l0", "kl"}),
     "compensation": frozenset({"obs", "least_squares", "bias_absorb", "merge", "batchnorm_recalibration"}),
     "objective": frozenset({"adversarial"}),
     "memory": frozenset({"error_feedback", "momentum_correction"}),
@@ -52,7 +51,9 @@ class Component(BaseModel):
     source: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Statistics that must be collected for it: ``gradient`` (of the loss at the current weights), ``score`` (the relaxation's
-    learned score), ``flops`` (how often each weight is used in a forward pass), ``teacher`` (outputs of the trained dense model)."""
+    learned score), ``flops`` (how often each weight is used in a forward pass), ``activity`` (mean size of what each weight reads),
+    ``batch_gradients`` (the gradient of each batch by itself; scores are averaged), ``loss`` (the mean loss), ``teacher`` (outputs of
+    the trained dense model)."""
 
     single_field: ClassVar[str | None] = None
     """The field that a bare value stands for: ``{name: value}`` for ``{name: {single_field: value}}``."""

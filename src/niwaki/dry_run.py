@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,15 @@ import torch
 from torch import nn
 
 from niwaki.allocation import guard
-from niwaki.binding import Bound, bind
 from niwaki.clock import Clock
+from niwaki.dependency import Example, Group
 from niwaki.errors import InputError
+from niwaki.granularity import Grouped
+from niwaki.pieces import bounds_of
+from niwaki.ranking import find_groups_with, rank_targets
 from niwaki.recipe import Recipe
-from niwaki.target import LeftOut, select_targets
+from niwaki.recipe.combinations import decides
+from niwaki.target import LeftOut
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,8 @@ class PlannedTensor:
     """One row of the plan.
 
     Attributes:
-        name: canonical parameter name.
-        shape: of the whole parameter.
+        name: canonical parameter name, or name of the dependency group whose units are masked.
+        shape: of the whole parameter, or of the one that makes the units.
         pieces: how many pieces the granularity makes of it.
         keep: pieces kept at the end, or None when they follow from scores that are not known yet.
         why: what decides the number.
@@ -45,16 +50,16 @@ class Plan:
     """What a recipe would do: which tensor, how much, when and why, and what is left out and why.
 
     Attributes:
-        tensors: the targets, in parameter order.
+        tensors: the targets, in parameter order: tensors, or groups of them that share masks.
         left_out: parameters that stay dense, each with its reason.
-        updates: optimizer step -> sparsity of the mask update before it; empty where the relaxation's strength decides.
-        final_sparsity: of all targets together, or None where the strength decides.
+        updates: optimizer step -> sparsity of the mask update before it, None where the scores decide it; empty where nothing is selected.
+        final_sparsity: of all targets together, or None where the strength or the scores decide.
         notes: guards that would act.
     """
 
     tensors: tuple[PlannedTensor, ...]
     left_out: tuple[LeftOut, ...]
-    updates: dict[int, float]
+    updates: dict[int, float | None]
     final_sparsity: float | None
     notes: tuple[str, ...] = ()
 
@@ -84,7 +89,7 @@ class Plan:
     def when(self) -> str:
         """Say in a few words when masks are updated."""
         if not self.updates:
-            return "every step, by the relaxation's strength"
+            return "every step, by the relaxation's strength" if any(t.keep is None for t in self.tensors) else "never"
         steps = list(self.updates)
         if len(steps) == 1:
             return f"once, before step {steps[0]}"
@@ -98,8 +103,12 @@ def plan(
     total_steps: int | None = None,
     steps_per_epoch: int | None = None,
     tokens_per_step: int | None = None,
+    groups: Sequence[Group] | None = None,
+    example: Example | None = None,
 ) -> Plan:
     """Return what a recipe would do to a model in a run of this length; neither is changed.
+
+    ``groups`` or ``example`` are needed for granularities whose pieces are units of dependency groups, as for the sparsifier.
 
     Raises:
         InputError: as :class:`niwaki.Sparsifier` would for the same arguments.
@@ -108,35 +117,37 @@ def plan(
         raise InputError("recipe: it has stages; plan each of niwaki.recipe.stages.unroll(recipe), or use niwaki run --dry-run")
     clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
     notes = recipe.fit(clock)
-    targets, left_out = select_targets(model, recipe.target)
-    bounds: list[Bound] = []
-    for target in targets:
-        bound = bind(target.name, target.parameter, target.layout, recipe.granularity)
-        if isinstance(bound, str):
-            left_out.append(LeftOut(target.name, bound))
-        else:
-            bounds.append(bound)
-    if not bounds:
-        raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
+    if isinstance(recipe.granularity, Grouped) and groups is None:
+        groups, _ = find_groups_with(model, recipe.granularity, example, None)
+    ranked, left_out = rank_targets(model, recipe, groups)
     sparsity = recipe.final_sparsity
-    keep: list[int | None] = [None] * len(bounds)
+    keep: list[int | None] = [None] * len(ranked)
     why = f"relaxation {recipe.relaxation.name}: its strength decides"
     if sparsity is not None and recipe.allocation.joint:
         why = f"allocation {recipe.allocation.name}: one ranking of all tensors"
     elif sparsity is not None:
-        layers = [b.layer for b in bounds]
+        layers = [one.layer for one in ranked]
         counts, raised = guard(recipe.allocation.keep(sparsity, layers, sparsity), layers)
         if recipe.granularity.sparsity is not None:  # every group keeps its best, short ones too
-            best = [recipe.granularity.protected(torch.zeros(b.layout.shape), b.layout) for b in bounds]
-            counts = [int(one.sum()) for one in best if one is not None]
+            best = [recipe.granularity.protected(torch.zeros(one.layer.layout.shape), one.layer.layout) for one in ranked]
+            counts = [int(mask.sum()) for mask in best if mask is not None]
         keep = list(counts)
         notes += [f"keeps one piece of {name}, which the allocation {recipe.allocation.name!r} would empty" for name in raised]
         why = f"allocation {recipe.allocation.name}"
-    updates = {}
-    if sparsity is not None:
+    elif recipe.selects:
+        why = f"selection {recipe.selection.name}: the scores decide"
+    elif not decides(recipe.relaxation):
+        keep = [one.pieces for one in ranked]
+        why = "no selection"
+    updates: dict[int, float | None] = {}
+    if recipe.selects:
         for step in range(recipe.schedule.last(clock) + 1):
-            due = recipe.schedule.at(step, sparsity, clock)
+            due = recipe.schedule.at(step, sparsity or 0.0, clock)
             if due is not None:
-                updates[step] = due
-    rows = [PlannedTensor(b.name, tuple(b.parameter.shape), b.pieces, k, why) for b, k in zip(bounds, keep, strict=True)]
+                updates[step] = None if sparsity is None else due
+    rows = []
+    for one, count in zip(ranked, keep, strict=True):
+        shape = tuple(one.makers[0].bound.parameter.shape)
+        shared = "" if one.parts == one.makers else f"; in {len(bounds_of([one]))} tensors"
+        rows.append(PlannedTensor(one.name, shape, one.pieces, count, why + shared))
     return Plan(tuple(rows), tuple(left_out), updates, sparsity, tuple(notes))

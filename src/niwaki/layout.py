@@ -147,3 +147,8 @@ def layout_of(module: nn.Module, name: str, shape: Sequence[int] | torch.Size) -
                 )
             return layout
     return None
+
+
+def is_normalization(module: nn.Module) -> bool:
+    """Return whether the module is a normalization, one of torch or one that is called so (``LlamaRMSNorm``, ``LayerNorm2d``)."""
+    return any("Norm" in base.__name__ for base in type(module).__mro__)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from niwaki.binding import Bound
@@ -29,6 +28,7 @@ class MaskedTensor:
         ever_active: True where the tensor was active at some time; None while that is everywhere.
         latent: the weight that is trained, where the parameter holds a published one.
         own: the relaxation's own trainable parameters.
+        dropped: True where the element is left out of the coming step, of a relaxation that samples; None where nothing is.
     """
 
     def __init__(self, bound: Bound, recipe: Recipe, seed: int) -> None:
@@ -39,6 +39,7 @@ class MaskedTensor:
         self.ever_active: Tensor | None = None
         self.latent: Tensor | None = None
         self.own: dict[str, nn.Parameter] = {}
+        self.dropped: Tensor | None = None
         self._bits: Tensor | None = None  # of the mask, where gradients and weights are cleared with it at every step
         self._hook: RemovableHandle | None = None
         self._published_gradient: Tensor | None = None
@@ -120,6 +121,8 @@ class MaskedTensor:
         if self.latent is None or gradient is None:
             return
         for_weight, for_own = self.recipe.relaxation.pull_back(self.latent, self._own_values(), self.bound.view(gradient))
+        if self.dropped is not None:
+            for_weight = for_weight.masked_fill(self.dropped, 0.0) * self.recipe.relaxation.scale
         for value in for_own.values():
             if self.bound.group is not None and value.shape != self.latent.shape:
                 dist.all_reduce(value, group=self.bound.group)
@@ -129,7 +132,13 @@ class MaskedTensor:
         """Return the gradient of one of the own parameters, after :meth:`pull_back`."""
         return None if self._pulled is None else self._pulled[1][name].to(self.own[name].dtype)
 
-    def enter_step(self, optimizer: Optimizer) -> None:
+    def add_gradient(self, pull: Tensor) -> None:
+        """Add to the gradient of the latent weight, after :meth:`pull_back`."""
+        if self._pulled is not None:
+            for_weight, for_own = self._pulled
+            self._pulled = for_weight + pull.view(for_weight.shape), for_own
+
+    def enter_step(self) -> None:
         """Give the optimizer the latent weight in the parameter's place, and its gradient."""
         parameter = self.bound.parameter
         if self.latent is None or self._pulled is None:
@@ -141,12 +150,6 @@ class MaskedTensor:
             return
         if self.blocked is not None:
             for_weight = for_weight.masked_fill(self.blocked, 0.0)
-        if self.recipe.penalty is not None:
-            pull = self.recipe.penalty.gradient(
-                self.latent, self.kept(self.pruned), self.kept(self.blocked), 1.0 - (self.recipe.final_sparsity or 0.0)
-            )
-            scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer under a gradient scaler unscales in its own step
-            for_weight = for_weight + (pull if scale is None else pull * scale)
         self._write(self.latent)
         parameter.grad = torch.empty_like(parameter)
         local(parameter.grad).copy_(for_weight.view(local(parameter).shape))
@@ -171,18 +174,21 @@ class MaskedTensor:
         if self._bits is not None:
             clear_(local(self.bound.parameter.detach()), self._bits)
 
-    def publish(self) -> None:
-        """Copy what the relaxation makes of the latent weight into the parameter."""
-        published = self._published()
+    def publish(self, whole: bool = False) -> None:
+        """Copy what the relaxation makes of the latent weight into the parameter; with ``whole`` nothing is left out by chance."""
+        published = self._published(whole)
         self._write(published)
         self._published_version = local(self.bound.parameter)._version
         if self.recipe.relaxation.decides:
             self.pruned = published == 0
 
-    def _published(self) -> Tensor:
+    def _published(self, whole: bool = False) -> Tensor:
         assert self.latent is not None
         relaxation = self.recipe.relaxation
-        return relaxation.publish(self.latent, self._own_values(), self.kept(self.cut if relaxation.decides else self.pruned))
+        published = relaxation.publish(self.latent, self._own_values(), self.kept(self.cut if relaxation.decides else self.pruned))
+        if self.dropped is None or whole:
+            return published
+        return (published * relaxation.scale).masked_fill_(self.dropped, 0.0)
 
     # ------------------------------------------------------------------ masks and checkpoints
 
@@ -218,6 +224,9 @@ class MaskedTensor:
     def fold(self) -> None:
         """Keep the published or projected weight for good."""
         self.project()
+        if self.dropped is not None:
+            self.publish(whole=True)
+            self.dropped = None
         self.latent, self.own = None, {}
         self.unwatch()
 

@@ -17,10 +17,11 @@ class Normalization(Component):
 
     slot = "normalization"
 
-    def normalize(self, scores: Tensor, flops_per_piece: float | None = None) -> Tensor:
+    def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return the rescaled scores of one whole tensor, same shape; higher still means keep.
 
-        ``flops_per_piece``: operations that one piece costs in a forward pass, for normalizations that need ``flops``.
+        ``flops_per_piece``: operations that one piece costs in a forward pass, for normalizations that need ``flops``: a number, or a
+        tensor of the shape of the scores where pieces differ.
         """
         raise NotImplementedError
 
@@ -44,7 +45,7 @@ class Unchanged(Normalization):
     equation = "s' = s"
     source = "Singh & Alistarh 2020"
 
-    def normalize(self, scores: Tensor, flops_per_piece: float | None = None) -> Tensor:
+    def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return the scores themselves."""
         return scores
 
@@ -63,7 +64,7 @@ class LayerL2(Normalization):
     equation = "s' = s / √(Σ s²) over the layer"
     source = "Molchanov et al. 2017"
 
-    def normalize(self, scores: Tensor, flops_per_piece: float | None = None) -> Tensor:
+    def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return scores whose squares sum to 1."""
         relative, _ = _over_largest(scores)
         norm = _finite(relative).square().sum().sqrt()
@@ -87,7 +88,7 @@ class Lamp(Normalization):
     equation = "s'(u) = s(u)² / Σ s(v)² over all v of the layer with s(v) ≥ s(u)"
     source = "Lee et al. 2021"
 
-    def normalize(self, scores: Tensor, flops_per_piece: float | None = None) -> Tensor:
+    def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return scores in [0, 1]; infinite ones as they are.
 
         Raises:
@@ -120,7 +121,7 @@ class Rank(Normalization):
     equation = "s' = (1 + number of scores that are removed earlier) / n"
     source = "Conover & Iman 1981"
 
-    def normalize(self, scores: Tensor, flops_per_piece: float | None = None) -> Tensor:
+    def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return the multiples of 1 / n from 1 / n to 1, each once."""
         values = _float64(scores).flatten()
         order = values.argsort(descending=True, stable=True)
@@ -146,17 +147,18 @@ class PerFlop(Normalization):
 
     power: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
 
-    def normalize(self, scores: Tensor, flops_per_piece: float | None = None) -> Tensor:
+    def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return the scores per FLOP.
 
         Raises:
             InputError: the FLOPs are unknown or not positive, or a score is negative (a larger cost would then protect it).
         """
-        if flops_per_piece is None or not flops_per_piece > 0:
-            raise InputError(f"normalization {self.name}: the FLOPs of a piece must be known and above 0, got {flops_per_piece}")
+        cost = None if flops_per_piece is None else torch.as_tensor(flops_per_piece, dtype=torch.float64, device=scores.device)
+        if cost is None or not bool((cost > 0).all()):
+            least = flops_per_piece if cost is None else float(cost.min())
+            raise InputError(f"normalization {self.name}: the FLOPs of a piece must be known and above 0, got {least}")
         self._refuse_negative(scores)
-        cost: float = flops_per_piece**self.power
-        return _float64(scores) / cost
+        return _float64(scores) / cost**self.power
 
 
 def _float64(scores: Tensor) -> Tensor:

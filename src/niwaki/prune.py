@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from niwaki.binding import active_pieces, bind
+from niwaki.binding import Bound
 from niwaki.counter import key
+from niwaki.dependency import Example, Group
 from niwaki.errors import InputError
+from niwaki.granularity import Grouped
 from niwaki.masks import Masks, shard
+from niwaki.ranking import find_groups_with, rank_targets
 from niwaki.recipe import Prune, Recipe
 from niwaki.recipe.stages import sparsity_after
 from niwaki.sparsifier import Sparsifier
-from niwaki.target import select_targets
 from niwaki.update import sum_counts
 
 
@@ -27,6 +29,8 @@ def pruned(
     step: int = 0,
     data: Iterable[tuple[Any, Any]] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    groups: Sequence[Group] | None = None,
+    example: Example | None = None,
 ) -> Sparsifier:
     """Prune a fraction of the active pieces of the targets, in place; ``masks`` of what is returned are those of all tensors then.
 
@@ -41,6 +45,8 @@ def pruned(
         step: of random scores too, so that rounds differ.
         data: batches ``(inputs, targets)``, for scores that need them.
         loss: ``loss(outputs, targets)``, for scores that need gradients.
+        groups: the model's dependency groups, for granularities of their units; None: they are found.
+        example: arguments of a forward pass to find them with; by default the inputs of the first batch of ``data``.
 
     Raises:
         InputError: the scores need data or a loss that were not given, or the recipe does not fit the model.
@@ -56,11 +62,16 @@ def pruned(
     masks = masks or Masks()
     if "gradient" in prune.saliency.needs and (data is None or loss is None):
         raise InputError(f"prune.saliency: {prune.saliency.name!r} needs data= and loss=")
-    bounds = [bind(t.name, t.parameter, t.layout, prune.granularity) for t in select_targets(model, prune.target)[0]]
-    bound = [one for one in bounds if not isinstance(one, str)]
-    gone = [~shard(masks[b.name], b.parameter, b.name).reshape(b.here.shape) if b.name in masks else None for b in bound]
-    active = sum_counts([active_pieces(prune.granularity, b, p) for b, p in zip(bound, gone, strict=True)], bound)
-    sparsity = sparsity_after(prune.fraction, sum(active), sum(b.pieces for b in bound))
+    if isinstance(prune.granularity, Grouped) and groups is None:
+        groups, data = find_groups_with(model, prune.granularity, example, data)
+    ranked, _ = rank_targets(model, prune, groups)
+
+    def gone(bound: Bound) -> Tensor | None:
+        mask = masks.get(bound.name)
+        return None if mask is None else ~shard(mask, bound.parameter, bound.name).reshape(bound.here.shape)
+
+    active = sum_counts([one.active(gone) for one in ranked], ranked)
+    sparsity = sparsity_after(prune.fraction, sum(active), sum(one.pieces for one in ranked))
     slots = {field: getattr(prune, field) for field in Prune.model_fields if field != "fraction"}
     recipe = Recipe(sparsity=sparsity, **slots)
-    return Sparsifier(model, recipe, masks=masks, seed=key(seed, step, "prune"), data=data, loss=loss).finalize()
+    return Sparsifier(model, recipe, masks=masks, seed=key(seed, step, "prune"), data=data, loss=loss, groups=groups).finalize()

@@ -11,9 +11,8 @@ Everything happens in the optimizers' own hooks, so that the model's keys, class
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,26 +20,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from niwaki.binding import active_pieces, bind
-from niwaki.calibration import forward, loss_gradients, preserved
+from niwaki.binding import bind
 from niwaki.clock import Clock
+from niwaki.dependency import Example, Group
+from niwaki.dropping import leave_out
 from niwaki.errors import InputError
-from niwaki.gradient import Dense, Superset
-from niwaki.granularity import Element
-from niwaki.growth import DropAndGrow, NoGrowth
-from niwaki.layout import Layout
+from niwaki.gradient import Dense
+from niwaki.granularity import Grouped
 from niwaki.masked import MaskedTensor
 from niwaki.masks import Masks, canonical_name, equals_zero, local, shard
-from niwaki.metrics.flops import weight_uses
 from niwaki.own_parameters import add_own_parameters
+from niwaki.pieces import Ranked, bounds_of
+from niwaki.pull import Pull
+from niwaki.ranking import find_groups_with, rank_targets
 from niwaki.ranks import require_same
 from niwaki.recipe import Recipe
 from niwaki.recipe.stages import StageRecipe
-from niwaki.saliency import Observation
-from niwaki.selection import kept
+from niwaki.relaxation import Dropout
+from niwaki.selector import Selector, reads_gradient
 from niwaki.slots import forget_history, reset_slots
-from niwaki.target import LeftOut, select_targets
-from niwaki.update import Update, next_masks, starts_at_random, sum_counts
+from niwaki.statistics import Statistics
+from niwaki.target import LeftOut
 
 MasksChanged = Callable[[Masks], None]
 
@@ -65,6 +65,10 @@ class Sparsifier:
         data: batches ``(inputs, targets)`` for statistics that an update before the first step needs. Without them an update that needs
             gradients waits for those of the first step.
         loss: ``loss(model(inputs), targets)``, needed with ``data`` for gradients.
+        groups: the model's dependency groups, for a granularity whose pieces are their units (channels, heads, layers), such as
+            :func:`niwaki.dependency.find_groups` returns, with what a person has vetoed or coupled. None: they are found here.
+        example: arguments of a forward pass to find them with, a tuple or a dict of keyword arguments; by default the inputs of the
+            first batch of ``data``.
 
     Masks that the recipe wants from the start are applied here: build the sparsifier first, then load checkpoints.
 
@@ -91,6 +95,8 @@ class Sparsifier:
         seed: int = 0,
         data: Iterable[tuple[Any, Any]] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
+        groups: Sequence[Group] | None = None,
+        example: Example | None = None,
     ) -> None:
         if recipe.stages is not None:
             raise InputError("recipe: it has stages; build a sparsifier for each of niwaki.recipe.stages.unroll(recipe), or use niwaki run")
@@ -106,27 +112,30 @@ class Sparsifier:
         self._tensors: dict[str, MaskedTensor] = {}
         masks = masks or Masks()
         masks.apply_(model)
-        targets, self.left_out = select_targets(model, recipe.target) if recipe.acts else ([], [])
-        for target in targets:
-            bound = bind(target.name, target.parameter, target.layout, recipe.granularity)
-            if isinstance(bound, str):
-                self.left_out.append(LeftOut(target.name, bound))
-            else:
-                with torch.no_grad():
-                    self._tensors[target.name] = MaskedTensor(bound, recipe, seed)
-                if bound.group is not None and recipe.normalization.name not in ("none", "per_flop"):
-                    name = recipe.normalization.name
-                    raise InputError(f"normalization: {name!r} needs whole tensors, and {bound.name} is sharded; choices: none, per_flop")
-        if not self._tensors and recipe.acts:
-            raise InputError("target: the granularity leaves every target tensor dense; choose another granularity or remainder: pad")
-        self._targets = list(self._tensors.values())
+        if isinstance(recipe.granularity, Grouped) and recipe.acts and groups is None:
+            groups, data = find_groups_with(model, recipe.granularity, example, data)
+        self.ranked: list[Ranked] = []
+        """What is ranked: the target tensors, or the dependency groups with their members."""
+        if recipe.acts:
+            self.ranked, self.left_out = rank_targets(model, recipe, groups)
+        if isinstance(recipe.granularity, Grouped) and recipe.growth.name != "none":
+            self._tell(
+                f"growth {recipe.growth.name!r}: a unit that comes back is zero in all its tensors, where most networks pass it no"
+                " gradient, so it hardly learns again; relaxation: latent keeps the weights of masked units"
+            )
+        for one in self.ranked:
+            if one.processes is not None and recipe.normalization.name not in ("none", "per_flop"):
+                name = recipe.normalization.name
+                raise InputError(f"normalization: {name!r} needs whole tensors, and {one.name} is sharded; choices: none, per_flop")
+        with torch.no_grad():
+            for bound in bounds_of(self.ranked):
+                self._tensors[bound.name] = MaskedTensor(bound, recipe, seed)
+        self._targets = dict(self._tensors)
         self._take_masks(masks)
         if not self._tensors:
             raise InputError("recipe: it masks nothing, and there are no masks= to hold")
         self._by_parameter = {t.bound.parameter: t for t in self._tensors.values()}
         self._own = {p: (t, name) for t in self._tensors.values() for name, p in t.own.items()}
-        if recipe.final_sparsity is not None and not recipe.allocation.joint:  # what it cannot give is told now, not at its first update
-            recipe.allocation.keep(recipe.final_sparsity, [t.bound.layer for t in self._targets], recipe.final_sparsity)
         self._optimizers: list[Optimizer] = []
         self._held: list[frozenset[int]] = []
         self._handles: list[RemovableHandle] = []
@@ -137,63 +146,32 @@ class Sparsifier:
         self._accumulated: set[Tensor] = set()  # parameters whose gradient was accumulated since the last optimizer step
         self._one_backward = False  # whether several optimizers were seen to step after one backward pass
         self._finalized = False
-        self._selected_at: int | None = None
-        self._uses: dict[str, float] | None = None
-        self._gradient_needs = "gradient" in recipe.saliency.needs or "gradient" in recipe.growth.needs
-        if "flops" in recipe.normalization.needs:
-            if data is None:
-                raise InputError(f"normalization: {recipe.normalization.name!r} needs data= to see how often each weight is used")
-            batches = iter(data)
-            batch = next(batches)
-            data = chain([batch], batches) if batches is data else data
-            with preserved(model), torch.no_grad():
-                self._uses = weight_uses(model, lambda: forward(model, batch[0]))
-        self._statistics = (data, loss)
-        self._require_data_for_the_end()
-        self._start_masks(data, loss)
+        self._gradient_needs = reads_gradient(recipe.saliency) or reads_gradient(recipe.growth)
+        self._statistics = Statistics(model, recipe, data, loss)
+        self._pull: Pull | None = None
+        if recipe.penalty is not None:
+            density = 1.0 - (recipe.final_sparsity or 0.0)
+            self._pull = Pull(recipe.penalty, model, self.ranked, self._by_parameter, density, self._statistics, self._tell)
+        given = any(tensor.pruned is not None for tensor in self._targets.values())
+        self._selector = Selector(recipe, self.ranked, self._targets, self._statistics, self.clock, seed, self._tell, given)
+        self._start_masks()
+        self._draw()
         self._look_ahead()
 
     @torch.no_grad()
     def _take_masks(self, masks: Masks) -> None:
-        """Start from masks, and hold those of tensors that the recipe does not act on.
-
-        Raises:
-            InputError: they mask more than the recipe asks for in the end, and nothing would grow back.
-        """
+        """Start from masks, and hold those of tensors that the recipe does not act on."""
         parameters = {canonical_name(name): parameter for name, parameter in self.model.named_parameters(remove_duplicate=False)}
-        known = {t.bound.parameter: t for t in self._targets}
+        known = {t.bound.parameter: t for t in self._targets.values()}
         for name, mask in masks.items():
             parameter = parameters[name]
             tensor = known.get(parameter)
             if tensor is None:
-                layout = Layout(("output", *["input"] * (parameter.ndim - 1)), tuple(parameter.shape))
-                bound = bind(name, parameter, layout, Element())
-                assert not isinstance(bound, str)
-                tensor = known[parameter] = self._tensors[name] = MaskedTensor(bound, NOTHING, self.seed)
+                tensor = known[parameter] = self._tensors[name] = MaskedTensor(bind(name, parameter), NOTHING, self.seed)
             keep = shard(mask, parameter, f"masks: {name!r}").to(local(parameter).device).contiguous().view(tensor.bound.here.shape)
             if tensor.bound.group is None and bool(keep.all()):
                 continue  # as if it had none, so that a growth may draw its own
             tensor.set_masks(keep, keep if tensor.recipe.gradient.masked else None, before_training=True)
-        self._given = any(t.pruned is not None for t in self._targets)
-        final = self.recipe.final_sparsity
-        if self._given and final is not None and self._only_removes() and kept(final, self._pieces) > self._active_pieces():
-            masked = 1.0 - self._active_pieces() / self._pieces
-            raise InputError(
-                f"sparsity: {final!r} is below that of the masks to start from, {masked:.6g}, and growth: none brings nothing back; choose"
-                " a higher sparsity, or growth: all, random or gradient"
-            )
-
-    def _only_removes(self) -> bool:
-        """Return whether what is pruned stays pruned."""
-        return isinstance(self.recipe.growth, NoGrowth) and not self.recipe.relaxation.keeps_dense_weights
-
-    @property
-    def _pieces(self) -> int:
-        return sum(t.bound.pieces for t in self._targets)
-
-    def _active_pieces(self) -> int:
-        bounds = [t.bound for t in self._targets]
-        return sum(sum_counts([active_pieces(self.recipe.granularity, t.bound, t.pruned) for t in self._targets], bounds))
 
     # ------------------------------------------------------------------ what a user asks
 
@@ -204,7 +182,8 @@ class Sparsifier:
 
     @property
     def sparsity(self) -> float:
-        """Share of the targets' elements, and of held tensors', that is masked now (this rank's part of sharded parameters)."""
+        """Share of the masked tensors' elements that is masked now (this rank's part of sharded parameters): of the targets, of all
+        members of the groups whose units are masked, and of held tensors."""
         total = sum(t.bound.here.elements for t in self._tensors.values())
         return sum(int(t.pruned.sum()) for t in self._tensors.values() if t.pruned is not None) / max(total, 1)
 
@@ -227,6 +206,11 @@ class Sparsifier:
         total = sum(t.bound.here.elements for t in self._tensors.values())
         inactive = sum(int((~t.ever_active).sum()) for t in self._tensors.values() if t.ever_active is not None)
         return 1.0 - inactive / max(total, 1)
+
+    @property
+    def strength(self) -> float | None:
+        """The strength that a penalty's ratio to the loss was turned into at the first step, or None."""
+        return None if self._pull is None else self._pull.found
 
     def on_masks_changed(self, callback: MasksChanged) -> None:
         """Call ``callback(masks)`` after every update that changed a mask."""
@@ -285,6 +269,8 @@ class Sparsifier:
                 )
 
     def _on_gradient(self, tensor: MaskedTensor) -> None:
+        if self._statistics.collecting:
+            return
         self._accumulated.add(tensor.bound.parameter)
         if tensor.latent is None and (tensor.recipe is NOTHING or not self._dense_gradient_next):
             tensor.mask_gradient()
@@ -316,6 +302,8 @@ class Sparsifier:
             self._update_masks(closure)
             for tensor in self._tensors.values():
                 tensor.pull_back()
+            if self._pull is not None:
+                self._pull.look()
         if self._skips:
             if closure is None:
                 _drop_gradients(optimizer)
@@ -325,9 +313,11 @@ class Sparsifier:
             for tensor in unmasked:  # a gradient that was assigned, or of a parameter that did not require gradients when it was attached
                 tensor.mask_gradient()
                 tensor.watch_gradient(self._on_gradient)
+        if self._pull is not None:
+            self._pull.before_step(optimizer)
         for group in optimizer.param_groups:
             for tensor in self._of(group):
-                tensor.enter_step(optimizer)
+                tensor.enter_step()
             for parameter in group["params"]:
                 if parameter in self._own:
                     tensor, name = self._own[parameter]
@@ -354,73 +344,55 @@ class Sparsifier:
 
     def _close_round(self) -> None:
         self._round_is_open = False
+        if self._pull is not None and not self._skips:
+            self._pull.after_step(self._optimizers)
         self.step += 1
         for tensor in self._tensors.values():
             tensor.end_step()
-        if self.recipe.relaxation.keeps_dense_weights and not self._gradient_needs and self._sparsity_due() is not None:
-            self._select(self._first)  # now, so that the coming forward sees the masks of the new weights and scores
+        if self.recipe.relaxation.keeps_dense_weights and not self._gradient_needs and self._selector.due(self.step) is not None:
+            self._select()  # now, so that the coming forward sees the masks of the new weights and scores
         elif self.recipe.relaxation.decides:
             self._announce()
+        self._draw()
         self._look_ahead()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Leave other pieces out of the coming step, if the relaxation does."""
+        if isinstance(self.recipe.relaxation, Dropout):
+            leave_out(self.recipe.relaxation, self.ranked, self._tensors, self.seed, self.step)
 
     def _look_ahead(self) -> None:
         """Note whether the next step starts with an update that needs the gradients of pruned weights."""
-        self._dense_gradient_next = self._gradient_needs and self._sparsity_due() is not None
-
-    def _sparsity_due(self) -> float | None:
-        """Return the sparsity of an update that is due before the next step, or None."""
-        if self._selected_at == self.step:
-            return None
-        target = self.recipe.final_sparsity
-        return None if target is None else self.recipe.schedule.at(self.step, target, self.clock)
+        self._dense_gradient_next = self._gradient_needs and self._selector.due(self.step) is not None
 
     # ------------------------------------------------------------------ mask updates
 
-    def _require_data_for_the_end(self) -> None:
-        """Refuse a last selection that ranks by gradients after the last step, when there is none, unless it can collect them."""
-        recipe, total = self.recipe, self.clock.total_steps
-        if "gradient" not in recipe.saliency.needs or total is None or recipe.final_sparsity is None or None not in self._statistics:
-            return
-        if recipe.schedule.at(total, recipe.final_sparsity, self.clock) is not None:
-            raise InputError(
-                f"saliency: {recipe.saliency.name!r} ranks by gradients, and the schedule's last update is at the end of the run; pass"
-                " data= and loss=, or end the schedule earlier"
-            )
-
     @torch.no_grad()
-    def _start_masks(self, data: Iterable[tuple[Any, Any]] | None, loss: Callable[[Any, Any], Tensor] | None) -> None:
+    def _start_masks(self) -> None:
         """Make the selection that is due before the first step, if what it needs is at hand."""
-        if self._sparsity_due() is None:
+        if self._selector.due(self.step) is None:
             return
-        needs = self.recipe.saliency.needs if self._first else self.recipe.saliency.needs | self.recipe.growth.needs
-        if self._first and starts_at_random(self.recipe.growth):
-            needs = frozenset()
-        asking = self.recipe.saliency if "gradient" in self.recipe.saliency.needs else self.recipe.growth
-        if "gradient" not in needs:
-            self._select(self._first)
-        elif data is not None:
-            if loss is None:
-                raise InputError(f"{asking.slot}: {asking.name!r} needs loss= with data=, called as loss(model(inputs), targets)")
-            with preserved(self.model):
-                loss_gradients(self.model, data, loss)
-                self._select(self._first)
-        else:
+        asking = self._selector.asking()
+        if asking is None:
+            self._select()
+        elif self._statistics.data is None:
             self._tell(f"the first mask is chosen at the first step, from its gradients: {asking.slot} {asking.name!r} had no data=")
-
-    @property
-    def _first(self) -> bool:
-        """Whether the coming selection makes the targets' first masks."""
-        return self._selected_at is None and all(t.pruned is None for t in self._targets)
+        elif not self._statistics.has_loss:
+            raise InputError(f"{asking.slot}: {asking.name!r} needs loss= with data=, called as loss(model(inputs), targets)")
+        else:
+            with self._statistics.gradients():
+                self._select()
 
     def _update_masks(self, closure: Callable[[], Any] | None) -> None:
         """Update the masks before this step if the schedule says so."""
-        if self._sparsity_due() is None:
+        if self._selector.due(self.step) is None:
             return
         if self._gradient_needs and closure is not None:
             with torch.enable_grad():
                 closure()
-        first = self._first
-        self._select(first)
+        first = self._selector.first
+        self._select()
         self._skips = not first and self.recipe.skips_steps
         self._dense_gradient_next = False
         for tensor in self._tensors.values():
@@ -428,65 +400,23 @@ class Sparsifier:
                 tensor.mask_gradient()
 
     @torch.no_grad()
-    def _select(self, first: bool, grows: bool = True) -> None:
+    def _select(self, grows: bool = True) -> None:
         """Select the masks that are due, and bring weights, slots and gradients in line with them."""
-        sparsity = self._sparsity_due()
-        assert sparsity is not None
-        tensors = self._targets
-        if self._given and self._only_removes():
-            sparsity = max(sparsity, 1.0 - self._active_pieces() / self._pieces)
-        keep = self._next(sparsity, first, grows)
-        learns = keep
-        if isinstance(self.recipe.gradient, Superset):
-            wider = self._next(self.recipe.gradient.outside(sparsity), first, grows)
-            learns = [a | b for a, b in zip(keep, wider, strict=True)]
-        require_same({t.bound.name: k for t, k in zip(tensors, keep, strict=True) if t.bound.group is None}, self.step)
+        selected = self._selector.select(self.step, grows)
+        if selected is None:
+            return
+        keep, learns = selected
+        require_same({name: mask for name, mask in keep.items() if self._targets[name].bound.group is None}, self.step)
         changed = False
-        for tensor, mask, learn in zip(tensors, keep, learns, strict=True):
-            changed = changed or not torch.equal(mask, tensor.kept(tensor.pruned))
-            moved = tensor.set_masks(mask, learn if self.recipe.gradient.masked else None, self.step == 0)
+        for name, tensor in self._targets.items():
+            changed = changed or not torch.equal(keep[name], tensor.kept(tensor.pruned))
+            moved = tensor.set_masks(keep[name], learns[name] if self.recipe.gradient.masked else None, self.step == 0)
             if moved is not None:
                 self._freshen(tensor, moved)
-        self._selected_at = self.step
         if changed:
             for optimizer in self._optimizers:
                 forget_history(optimizer)
             self._announce()
-
-    def _next(self, sparsity: float, first: bool, grows: bool) -> list[Tensor]:
-        recipe, tensors = self.recipe, self._targets
-        last = max(recipe.schedule.last(self.clock), 1)
-
-        def observe(i: int, needs: frozenset[str]) -> Observation:
-            tensor = tensors[i]
-            score = tensor.score if "score" in needs else None
-            return tensor.bound.observe(tensor.weight, score=score, need_gradient="gradient" in needs, seed=self.seed, step=self.step)
-
-        def flops(i: int) -> float | None:
-            if self._uses is None:
-                return None
-            bound = tensors[i].bound
-            return 2.0 * self._uses[bound.name] * bound.layout.elements / bound.pieces
-
-        update = Update(
-            sparsity=sparsity,
-            step=self.step,
-            progress=min(self.step / last, 1.0),
-            seed=self.seed,
-            observe=lambda i: observe(i, recipe.saliency.needs),
-            observe_growth=lambda i: observe(i, recipe.growth.needs),
-            flops=flops,
-            first=first,
-            from_active=not recipe.relaxation.keeps_dense_weights
-            and (isinstance(recipe.growth, NoGrowth) or (isinstance(recipe.growth, DropAndGrow) and not grows and not first)),
-            grows=grows,
-        )
-        masks = next_masks(recipe, [t.bound for t in tensors], [t.pruned for t in tensors], update)
-        for note in update.notes:
-            self._tell(note)
-        if self._given and update.from_active:  # masks that were given may cut through pieces
-            masks = [mask & tensor.kept(tensor.pruned) for mask, tensor in zip(masks, tensors, strict=True)]
-        return masks
 
     def _freshen(self, tensor: MaskedTensor, where: Tensor) -> None:
         """Give slots of weights that start or stop learning the values of a fresh state."""
@@ -513,7 +443,7 @@ class Sparsifier:
         kept = {name: local(t.bound.parameter).clone() for name, t in self._tensors.items() if t.latent is not None}
         with torch.no_grad():
             for name in kept:
-                self._tensors[name].publish()
+                self._tensors[name].publish(whole=True)
         try:
             yield
         finally:
@@ -531,20 +461,19 @@ class Sparsifier:
         self._require_own_model("finalize")
         for tensor in self._tensors.values():
             tensor.adopt_writes()
-        first, last = self._first, self.recipe.schedule.last(self.clock)
-        if self._sparsity_due() is not None:
-            data, loss = self._statistics
-            with preserved(self.model) if data is not None and loss is not None else nullcontext():
-                if data is not None and loss is not None and "gradient" in self.recipe.saliency.needs:
-                    loss_gradients(self.model, data, loss)
-                self._select(first, grows=False)
-        elif self.step < last and self.recipe.final_sparsity is not None:
+        last = self.recipe.schedule.last(self.clock)
+        if self._selector.due(self.step) is not None:
+            collects = reads_gradient(self.recipe.saliency) and self._statistics.has_loss
+            with self._statistics.gradients() if collects else nullcontext():
+                self._select(grows=False)
+        elif self.step < last and self.recipe.selects and not self._selector.candidates.settled:
             self._tell(f"finalized after {self.step} steps, before the schedule's end at step {last}")
         for tensor in self._tensors.values():
             tensor.fold()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._optimizers, self._finalized, self._statistics = [], [], True, (None, None)
+        self._handles, self._optimizers, self._finalized = [], [], True
+        self._statistics.data = self._statistics.loss = None
         return self
 
     # ------------------------------------------------------------------ checkpoints
@@ -565,7 +494,9 @@ class Sparsifier:
             "recipe": self.recipe.to_yaml(),
             "seed": self.seed,
             "step": self.step,
-            "selected_at": self._selected_at,
+            "selected_at": self._selector.selected_at,
+            "candidates": self._selector.candidates.state_dict(),
+            "strength": self.strength,
             "notes": list(self.notes),
             "active_zeros": self._active_zeros({name: tensor.pruned for name, tensor in self._tensors.items()}),
             "tensors": {name: tensor.state_dict() for name, tensor in self._tensors.items()},
@@ -594,12 +525,17 @@ class Sparsifier:
             odd = sorted(set(theirs) ^ set(mine))
             raise InputError(f"load_state_dict: the state belongs to another model; {odd[0]} is a target of only one of them")
         loaded = {name: mine[name].read(saved) for name, saved in theirs.items()}
-        if not (self.recipe.relaxation.keeps_dense_weights or self._selected_at is None or self.step):
+        if not (self.recipe.relaxation.keeps_dense_weights or self._selector.selected_at is None or self.step):
             self._refuse_pruned_weights(loaded, state["active_zeros"])
         for name, saved in theirs.items():
             mine[name].load_state_dict(saved, loaded[name])
-        self.step, self._selected_at, self.notes = state["step"], state["selected_at"], list(state["notes"])
+        self.step, self.notes = state["step"], list(state["notes"])
+        self._selector.selected_at = state["selected_at"]
+        self._selector.candidates.load_state_dict(state.get("candidates"))
+        if self._pull is not None and state.get("strength") is not None:
+            self._pull.take_strength(state["strength"])
         self._round_is_open = False
+        self._draw()
         self._look_ahead()
         self._announce()
 
@@ -613,7 +549,8 @@ class Sparsifier:
 
     def _active_zeros(self, pruned: Mapping[str, Tensor | None]) -> int:
         """Return how many weights are zero and not pruned by these masks."""
-        zeros = {name: equals_zero(tensor.weight) for name, tensor in self._tensors.items()}
+        # Not of vectors: biases and norm offsets begin at zero.
+        zeros = {name: equals_zero(tensor.weight) for name, tensor in self._tensors.items() if tensor.weight.ndim > 1}
         masks = {name: torch.zeros_like(zero) if (mask := pruned[name]) is None else mask.to(zero.device) for name, zero in zeros.items()}
         return sum(int((zero & ~masks[name]).sum()) for name, zero in zeros.items())
 

@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from niwaki.component import Component
 from niwaki.errors import InputError
-from niwaki.layout import Layout, layout_of
+from niwaki.layout import Layout, is_normalization, layout_of
 from niwaki.masks import canonical_name
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,7 +27,17 @@ class Target(Component):
     slot = "target"
 
 
-class Weights(Target):
+class Named(Target):
+    """Parameters chosen by name. A base class, itself not registered."""
+
+    what: ClassVar[str]
+    """What a parameter is that can be chosen, for error messages."""
+
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+
+class Weights(Named):
     """Weights of linear, convolution, attention, recurrent and embedding modules, chosen by name.
 
     Without ``include``: every weight of a known module except embeddings, the first convolution and the last layer. With it: what
@@ -44,9 +55,21 @@ class Weights(Target):
     name = "weights"
     equation = "W of every layer l in the target; the sparsity counts their elements"
     source = "Evci, Gale, Menick, Castro, Elsen 2020: first convolution dense, biases and normalization not counted"
+    what = "weight"
 
-    include: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] = ()
+
+class NormScale(Named):
+    """Scales of normalization layers, one number for each channel: their parameter ``weight``. All of them, or some by name.
+
+    Attributes:
+        include: patterns to take, as for ``weights``; None for all.
+        exclude: patterns to leave out.
+    """
+
+    name = "norm_scale"
+    equation = "scale of every normalization layer in the target; the sparsity counts their elements"
+    source = "Liu, Li, Shen, Huang, Yan, Zhang 2017 (network slimming)"
+    what = "normalization scale"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +99,23 @@ class LeftOut:
 
 @dataclass
 class _Found:
-    """One parameter under all its names."""
+    """One parameter under all its names, with its layout as a weight, and as the scale of a normalization where it is one."""
 
     parameter: nn.Parameter
     names: list[str]
     module_names: list[str]
     layouts: list[Layout | None]
+    scale: Layout | None = None
     last: bool = False
     first_convolution: bool = False
 
     @property
     def layout(self) -> Layout | None:
         return next((layout for layout in self.layouts if layout is not None), None)
+
+    def layout_for(self, target: Named) -> Layout | None:
+        """Return its layout if it is what the target is about."""
+        return self.scale if isinstance(target, NormScale) else self.layout
 
     def matches(self, pattern: str) -> bool:
         pattern = canonical_name(pattern)
@@ -112,13 +140,13 @@ def select_targets(model: nn.Module, target: Target) -> tuple[list[TargetWeight]
     Raises:
         InputError: a pattern matches nothing, nothing is left, or a named parameter cannot be a target.
     """
-    if not isinstance(target, Weights):
-        raise InputError(f"target: {target.name or target!s} does not name weights of a model; choices: weights")
+    if not isinstance(target, Named):
+        raise InputError(f"target: {target.name or target!s} does not name weights of a model; choices: norm_scale, weights")
     found = _parameters(model)
-    weights = [p for p in found if p.layout is not None]
+    weights = [p for p in found if p.layout_for(target) is not None]
     for field, patterns in (("include", target.include or ()), ("exclude", target.exclude)):
         for pattern in patterns:
-            _require_match(field, pattern, weights, found)
+            _require_match(target, field, pattern, weights, found)
     chosen: list[TargetWeight] = []
     left_out: list[LeftOut] = []
     for parameter in found:
@@ -130,7 +158,9 @@ def select_targets(model: nn.Module, target: Target) -> tuple[list[TargetWeight]
             chosen.append(TargetWeight(name, parameter.parameter, layout, parameter.module_names[0]))
     if not chosen:
         reasons = "; ".join(f"{p.name}: {p.reason}" for p in left_out if p.name in {w.names[0] for w in weights})
-        raise InputError(f"target.weights: no weight is left ({reasons or 'the model has none'}); name what to prune in include")
+        raise InputError(
+            f"target.{target.name}: no {target.what} is left ({reasons or 'the model has none'}); name what to prune in include"
+        )
     return chosen, left_out
 
 
@@ -149,6 +179,8 @@ def _parameters(model: nn.Module) -> list[_Found]:
             entry = found.setdefault(id(parameter), _Found(parameter, [], [], []))
             real = parameter.is_floating_point()
             layout = layout_of(module, own_name, parameter.shape) if real else None
+            if real and layout is None and own_name == "weight" and is_normalization(module):
+                entry.scale = Layout(("output",) * parameter.ndim, tuple(parameter.shape))
             entry.names.append(name)
             entry.module_names.append(module_name)
             entry.layouts.append(layout)
@@ -163,10 +195,12 @@ def _parameters(model: nn.Module) -> list[_Found]:
     return list(found.values())
 
 
-def _decide(parameter: _Found, target: Weights) -> tuple[Layout | None, str]:
+def _decide(parameter: _Found, target: Named) -> tuple[Layout | None, str]:
     """Return the layout of a target, or None and the reason why the parameter is none."""
-    layout = parameter.layout
+    layout = parameter.layout_for(target)
     include = target.include
+    if layout is None and isinstance(target, NormScale):
+        return None, f"not a {target.what}"
     named = include is not None and any(canonical_name(pattern) in parameter.names for pattern in include)
     if layout is None:
         if not named:
@@ -176,7 +210,7 @@ def _decide(parameter: _Found, target: Weights) -> tuple[Layout | None, str]:
     if excluded is not None:
         return None, f"excluded by {excluded!r}"
     if include is None:
-        reason = parameter.default_reason()
+        reason = parameter.default_reason() if isinstance(target, Weights) else None
         return (layout, "") if reason is None else (None, reason)
     if not any(parameter.matches(pattern) for pattern in include):
         return None, "not matched by include"
@@ -192,18 +226,19 @@ def _unknown_layout(parameter: _Found) -> Layout:
     return Layout(("output", "input", *["kernel"] * (tensor.ndim - 2)), tuple(tensor.shape))
 
 
-def _require_match(field: str, pattern: str, weights: Sequence[_Found], found: Sequence[_Found]) -> None:
+def _require_match(target: Named, field: str, pattern: str, weights: Sequence[_Found], found: Sequence[_Found]) -> None:
     """Raise InputError with the nearest names when a pattern matches nothing that it could act on."""
-    exact = any(canonical_name(pattern) in p.names for p in found)
+    exact = isinstance(target, Weights) and any(canonical_name(pattern) in p.names for p in found)
     candidates = found if field == "exclude" else weights
     if exact or any(p.matches(pattern) for p in candidates):
         return
     names = [name for p in candidates for name in p.names]
-    raise InputError(f"target.weights.{field}: pattern {pattern!r} matches no weight of the model; {_nearest(pattern, names)}")
+    nearest = _nearest(pattern, names) or f"it has no {target.what}s"
+    raise InputError(f"target.{target.name}.{field}: pattern {pattern!r} matches no {target.what} of the model; {nearest}")
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
     known = list(names)
     # Half the pattern is often a glob, so a low cutoff still finds the name that was meant.
     near = difflib.get_close_matches(pattern.strip("*"), known, n=3, cutoff=0.4) or known[:3]
-    return f"nearest: {', '.join(near)}" if near else "it has no weights"
+    return f"nearest: {', '.join(near)}" if near else ""

@@ -6,7 +6,7 @@ the weakest active pieces, then let everything that was not kept compete to grow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,15 +16,17 @@ from torch import Tensor
 
 from niwaki import counter
 from niwaki.allocation import guard
-from niwaki.binding import Bound, active_pieces, reducer
+from niwaki.binding import Bound
 from niwaki.errors import InputError
+from niwaki.granularity import Grouped
 from niwaki.growth import DropAndGrow, Growth, dropped
-from niwaki.recipe import Recipe
+from niwaki.pieces import Ranked
+from niwaki.recipe import Recipe, Threshold
 from niwaki.saliency import Observation
 from niwaki.selection import kept, select
 
 Scores = Callable[[int], Tensor]
-"""Index of a tensor -> the scores of its pieces on this rank (shape of the grid)."""
+"""Index of what is ranked (a tensor or a group) -> the scores of its pieces on this rank."""
 
 
 @dataclass
@@ -36,9 +38,10 @@ class Update:
         step: number of optimizer steps taken before it.
         progress: share of the schedule that has passed, in [0, 1] (for decaying growth).
         seed: of the run.
-        observe: tensor index -> what its saliency may look at.
+        observe: tensor -> what the saliency may look at.
         observe_growth: the same for growth.
-        flops: tensor index -> FLOPs of one piece in a forward pass, or None when no component needs it.
+        flops: parameter name -> multiply-adds of each of its weights in a forward pass; None when no component needs it.
+        averaged: scores that were averaged over batches, one tensor for each thing ranked; None where the saliency sees all it needs.
         first: whether it is the initial selection.
         grows: whether drop-and-grow may exchange pieces (not at the end of the run, where grown ones could not learn).
         from_active: whether only active pieces may be kept (hard masks without growth).
@@ -49,51 +52,69 @@ class Update:
     step: int
     progress: float
     seed: int
-    observe: Callable[[int], Observation]
-    observe_growth: Callable[[int], Observation]
-    flops: Callable[[int], float | None]
+    observe: Callable[[Bound], Observation]
+    observe_growth: Callable[[Bound], Observation]
     first: bool
     from_active: bool
+    flops: Mapping[str, float] | None = None
+    averaged: Sequence[Tensor] | None = None
     grows: bool = True
     notes: list[str] = field(default_factory=list)
 
 
-def next_masks(recipe: Recipe, bounds: Sequence[Bound], pruned: Sequence[Tensor | None], update: Update) -> list[Tensor]:
-    """Return the bool element masks (True = active, local view shapes) that the recipe asks for.
+def next_pieces(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], update: Update) -> list[Tensor]:
+    """Return the pieces that the recipe keeps: bool, of the shape that the scores have, one tensor for each thing ranked.
+
+    Args:
+        recipe: what to do.
+        ranked: the tensors or groups whose pieces are ranked.
+        active: which of their pieces are active now.
+        update: everything else; sentences for the user are added to its notes.
 
     Raises:
         InputError: a NaN score (named), or a sparsity that falls without a growth component that says what comes back.
     """
     granularity, growth = recipe.granularity, recipe.growth
-    reduces = [reducer(granularity, b) for b in bounds]
-    active = [active_pieces(granularity, b, p) for b, p in zip(bounds, pruned, strict=True)]
-    names = [b.name for b in bounds]
 
     def saliency(i: int) -> Tensor:
-        scores = recipe.saliency.score(update.observe(i), reduces[i])
-        return recipe.normalization.normalize(scores, update.flops(i))
+        scores = ranked[i].score(recipe.saliency, update.observe) if update.averaged is None else update.averaged[i]
+        return recipe.normalization.normalize(scores, None if update.flops is None else ranked[i].flops(update.flops))
 
     def random(i: int) -> Tensor:
-        start = bounds[i].start if granularity.name in ("element", "n_m") else 0
-        stream = counter.key(update.seed, update.step, names[i] + "::initial_mask")
-        return counter.uniform(stream, start, active[i].numel(), active[i].device).view(active[i].shape)
+        stream = counter.key(update.seed, update.step, ranked[i].name + "::initial_mask")
+        return counter.uniform(stream, ranked[i].start, active[i].numel(), active[i].device).view(active[i].shape)
 
-    counts = _counts(recipe, bounds, active if update.from_active else None, update)
-    if sum(counts) == sum(b.pieces for b in bounds):
-        return [torch.ones(b.here.shape, dtype=torch.bool, device=a.device) for b, a in zip(bounds, active, strict=True)]
+    if isinstance(recipe.selection, Threshold):
+        return _above(recipe, recipe.selection.value, ranked, saliency, active, update)
+    counts = _counts(recipe, ranked, active if update.from_active else None, update)
+    if sum(counts) == sum(one.pieces for one in ranked):
+        return [torch.ones_like(a) for a in active]
     if update.first and starts_at_random(growth):
-        keep = _choose(recipe, bounds, random, counts, [None] * len(bounds), update)
+        keep = _choose(recipe, ranked, random, counts, [None] * len(ranked), update)
     elif isinstance(growth, DropAndGrow) and not update.first and update.grows:
-        keep = _drop_and_grow(recipe, growth, bounds, saliency, counts, active, update)
+        keep = _drop_and_grow(recipe, growth, ranked, saliency, counts, active, update)
     else:
-        eligible = active if update.from_active else [None] * len(bounds)
-        keep = _choose(recipe, bounds, saliency, counts, eligible, update)
-    if granularity.sparsity is not None and (more := sum(sum_counts(keep, bounds))) > sum(counts):
+        eligible = active if update.from_active else [None] * len(ranked)
+        keep = _choose(recipe, ranked, saliency, counts, eligible, update)
+    if granularity.sparsity is not None and (more := sum(sum_counts(keep, ranked))) > sum(counts):
         asked = sum(counts)
         _tell(
             update, f"kept {more} weights where the sparsity asks for {asked}: groups of {granularity.name} keep their best, short ones too"
         )
-    return [granularity.expand(k, b.here) for k, b in zip(keep, bounds, strict=True)]
+    return keep
+
+
+def _above(
+    recipe: Recipe, value: float, ranked: Sequence[Ranked], scores: Scores, active: Sequence[Tensor], update: Update
+) -> list[Tensor]:
+    """Return the pieces whose scores reach a value; the best one of a tensor or group where none does."""
+    eligible = active if update.from_active else [torch.ones_like(a) for a in active]
+    found = sum_counts([(scores(i) >= value) & allowed for i, allowed in enumerate(eligible)], ranked)
+    counts = [max(n, min(1, most)) for n, most in zip(found, sum_counts(eligible, ranked), strict=True)]
+    for one, n, count in zip(ranked, found, counts, strict=True):
+        if count > n:
+            _tell(update, f"kept one piece of {one.name}, of which no score reaches {value:.6g}, the value of the threshold")
+    return _choose(recipe, ranked, scores, counts, eligible, update)
 
 
 def starts_at_random(growth: Growth) -> bool:
@@ -102,39 +123,45 @@ def starts_at_random(growth: Growth) -> bool:
 
 
 def _drop_and_grow(
-    recipe: Recipe, growth: DropAndGrow, bounds: Sequence[Bound], saliency: Scores, counts: list[int], active: list[Tensor], update: Update
+    recipe: Recipe,
+    growth: DropAndGrow,
+    ranked: Sequence[Ranked],
+    saliency: Scores,
+    counts: list[int],
+    active: Sequence[Tensor],
+    update: Update,
 ) -> list[Tensor]:
     """Drop the share that the growth component says of the active pieces, then grow up to the target counts."""
     fraction = growth.fraction.at(update.progress)
-    now = sum_counts(active, bounds)
+    now = sum_counts(active, ranked)
     if recipe.allocation.joint:
         now = [sum(now)]
     survivors = [min(n, count) for n, count in zip(now, counts, strict=True)]
     survivors = [n - dropped(fraction, n) for n in survivors]
     if recipe.allocation.joint:
-        survivors = [max(n, min(count, len(bounds))) for n, count in zip(survivors, counts, strict=True)]  # one a tensor can stay
-    keep = _choose(recipe, bounds, saliency, survivors, active, update)
+        survivors = [max(n, min(count, len(ranked))) for n, count in zip(survivors, counts, strict=True)]  # one a tensor can stay
+    keep = _choose(recipe, ranked, saliency, survivors, active, update)
     free = [~k for k in keep]
-    reduces = [reducer(recipe.granularity, b) for b in bounds]
     more = [count - n for count, n in zip(counts, survivors, strict=True)]
-    grown = _choose(recipe, bounds, lambda i: growth.score(update.observe_growth(i), reduces[i]), more, free, update, keep)
+    grown = _choose(recipe, ranked, lambda i: ranked[i].score(growth, update.observe_growth), more, free, update, keep)
     return [k | g for k, g in zip(keep, grown, strict=True)]
 
 
-def _counts(recipe: Recipe, bounds: Sequence[Bound], active: Sequence[Tensor] | None, update: Update) -> list[int]:
-    """Return the pieces to keep for each tensor, or one total when all tensors are ranked together."""
-    layers = [b.layer for b in bounds]
-    total = kept(update.sparsity, sum(b.pieces for b in bounds))
-    now = None if active is None else sum_counts(active, bounds)
+def _counts(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor] | None, update: Update) -> list[int]:
+    """Return the pieces to keep of each tensor or group, or one total when all are ranked together."""
+    layers = [one.layer for one in ranked]
+    total = kept(update.sparsity, sum(one.pieces for one in ranked))
+    now = None if active is None else sum_counts(active, ranked)
     if now is not None and sum(now) < total:
         raise InputError(
             f"schedule: the sparsity falls to {update.sparsity:.6g} before step {update.step}, and growth: none brings nothing back;"
             " choose growth: all, random or gradient"
         )
     if recipe.allocation.joint:
-        if total < len(bounds):
-            _tell(update, f"kept {len(bounds)} pieces, one a tensor, where the sparsity {update.sparsity:.6g} asks for {total}")
-        return [max(total, len(bounds))]
+        if total < len(ranked):
+            what = "group" if isinstance(recipe.granularity, Grouped) else "tensor"
+            _tell(update, f"kept {len(ranked)} pieces, one a {what}, where the sparsity {update.sparsity:.6g} asks for {total}")
+        return [max(total, len(ranked))]
     counts, raised = guard(recipe.allocation.keep(update.sparsity, layers, recipe.final_sparsity), layers)
     for name in raised:
         _tell(update, f"kept one piece of {name}, which the allocation {recipe.allocation.name!r} would have emptied")
@@ -154,35 +181,34 @@ def _within(counts: list[int], limits: list[int]) -> list[int]:
 
 def _choose(
     recipe: Recipe,
-    bounds: Sequence[Bound],
+    ranked: Sequence[Ranked],
     scores: Scores,
     counts: list[int],
     eligible: Sequence[Tensor | None],
     update: Update,
     taken: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Return the best pieces: ``counts[i]`` of each tensor, or ``counts[0]`` of all of them together.
+    """Return the best pieces: ``counts[i]`` of each tensor or group, or ``counts[0]`` of all of them together.
 
-    ``taken`` are pieces that are kept besides, so that no tensor can be emptied.
+    ``taken`` are pieces that are kept besides, so that none can be emptied.
     """
-    groups = [b.group for b in bounds]
-    names = [b.name for b in bounds]
-    forced = [_protected(recipe, bounds[i], partial(scores, i), eligible[i]) for i in range(len(bounds))]
+    lazy = [partial(scores, i) for i in range(len(ranked))]
+    names = [one.name for one in ranked]
+    forced = [_protected(recipe, one, score, allowed) for one, score, allowed in zip(ranked, lazy, eligible, strict=True)]
     if not recipe.allocation.joint:
         result = []
-        for i, bound in enumerate(bounds):
-            result += _forced_select([partial(scores, i)], counts[i], [eligible[i]], [forced[i]], [bound.name], bound.group)
+        for i, one in enumerate(ranked):
+            result += _forced_select([lazy[i]], counts[i], [eligible[i]], [forced[i]], [one.name], one.processes)
         return result
-    group = groups[0]
-    if any(g is not group for g in groups):
+    group = ranked[0].processes
+    if any(one.processes is not group for one in ranked):
         raise InputError("allocation: global needs all target tensors sharded over the same processes")
-    lazy = [partial(scores, i) for i in range(len(bounds))]
-    counted = sum_counts([torch.ones(1) if e is None else e for e in eligible], bounds)  # a mask that was given may have emptied one
+    counted = sum_counts([torch.ones(1) if e is None else e for e in eligible], ranked)  # a mask that was given may have emptied one
     while True:
         keep = _forced_select(lazy, counts[0], list(eligible), forced, names, group)
-        if taken is not None or counts[0] < len(bounds):
+        if taken is not None or counts[0] < len(ranked):
             return keep
-        emptied = [i for i, n in enumerate(sum_counts(keep, bounds)) if n == 0 and counted[i]]
+        emptied = [i for i, n in enumerate(sum_counts(keep, ranked)) if n == 0 and counted[i]]
         if not emptied:
             return keep
         for i in emptied:
@@ -211,20 +237,20 @@ def _forced_select(
     return [c if f is None else c | f for c, f in zip(chosen, forced, strict=True)]
 
 
-def _protected(recipe: Recipe, bound: Bound, scores: Callable[[], Tensor], eligible: Tensor | None) -> Tensor | None:
+def _protected(recipe: Recipe, one: Ranked, scores: Callable[[], Tensor], eligible: Tensor | None) -> Tensor | None:
     """Return the pieces that the granularity keeps in any case (the N best of every group of M), or None."""
     if recipe.granularity.sparsity is None:
         return None
     values = scores() if eligible is None else scores().masked_fill(~eligible, -torch.inf)
-    protected = recipe.granularity.protected(values, bound.here)
+    protected = one.parts[0].cut.protected(values)
     return protected if protected is None or eligible is None else protected & eligible
 
 
-def sum_counts(pieces: Sequence[Tensor], bounds: Sequence[Bound]) -> list[int]:
-    """Return how many pieces are True in each whole tensor."""
+def sum_counts(pieces: Sequence[Tensor], ranked: Sequence[Ranked]) -> list[int]:
+    """Return how many pieces are True in each tensor or group, in all its shards."""
     counts = [int(p.sum()) for p in pieces]
-    for group in dict.fromkeys(b.group for b in bounds if b.group is not None):
-        mine = [i for i, b in enumerate(bounds) if b.group is group]
+    for group in dict.fromkeys(one.processes for one in ranked if one.processes is not None):
+        mine = [i for i, one in enumerate(ranked) if one.processes is group]
         part = torch.tensor([counts[i] for i in mine], device=pieces[mine[0]].device)
         dist.all_reduce(part, group=group)
         for i, count in zip(mine, part.tolist(), strict=True):

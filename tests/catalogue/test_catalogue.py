@@ -32,6 +32,17 @@ SURVEY = {
     "set": (101, "W | dyn | mag | rand | er | -", 2018),
     "rigl": (119, "W | dyn | mag | grd | er/erk/uni | -", 2020),
     "top_kast": (120, "W | dyn | mag | sup | uni | exploration", 2020),
+    "filter_l1": (62, "U | post/it | mag | - | sens | -", 2017),
+    "filter_l2": (None, "U | post/it | mag | - | sens | -", 2017),
+    "fpgm": (129, "U | it | sim | impl | uni | -", 2019),
+    "taylor_filters": (66, "U | it | ga | - | glob | -", 2017),
+    "head_importance": (164, "H | it | ga | - | glob | -", 2019),
+    "ssl": (55, "U/S/L | cont | mag | - | lam | GL", 2016),
+    "network_slimming": (65, "U | cont/post | bn | - | glob | L1", 2017),
+    "dropnet": (145, "U | it | amean | - | uni/glob | -", 2020),
+    "prunetrain": (125, "U | cont | mag | - | lam | GL", 2019),
+    "early_bird_channels": (124, "U | init | bn | - | glob | L1", 2020),
+    "layerdrop": (169, "L | rt/cont | rand | - | fix | drop", 2020),
 }
 
 # Published settings, written out as components: slot -> data
@@ -58,13 +69,28 @@ PUBLISHED = {
     "top_kast": {"sparsity": 0.9, "relaxation": "latent", "gradient": "superset", "penalty": "exploration_l2", "allocation": "uniform"},
 }
 
+# name -> what the one stage that prunes by score says: its sparsity, granularity, saliency
+PRUNING_STAGE = {
+    "filter_l1": (0.3, "channel", "magnitude"),
+    "filter_l2": (0.3, "channel", "magnitude"),
+    "fpgm": (0.4, "channel", "similarity"),
+    "taylor_filters": (0.5, "channel", "taylor"),
+    "head_importance": (0.4, "head", "head_importance"),
+    "network_slimming": (0.7, "channel", "norm_scale"),
+    "early_bird_channels": (0.5, "channel", "norm_scale"),
+    "layerdrop": (0.5, "layer", "position"),
+}
+
 STAGED = ("train_prune_retrain", "lottery_ticket", "learning_rate_rewinding")
 """Rows whose sparsity is that of their stages."""
+
+STRENGTH = ("ssl", "prunetrain")
+"""Rows of stages whose penalty decides the sparsity."""
 
 
 def test_the_catalogue_has_exactly_these_methods():
     assert list(METHODS) == list(SURVEY)
-    assert len(METHODS) == 17
+    assert len(METHODS) == 28
     assert "rigl" in METHODS
     assert "rigel" not in METHODS
     with pytest.raises(TypeError):
@@ -82,9 +108,9 @@ def test_a_row_is_complete(name):
     assert list(words) == ["what", "when", "criterion", "growth", "budget", "regularization"]
     assert all((text == "-") == (codes == ()) for text, (_, codes) in zip(words.values(), row.columns, strict=True))
     assert all(len(text) > 1 or text == "-" for text in words.values())
-    assert re.fullmatch(r"[346]\.\d", row.section)
+    assert re.fullmatch(r"[3467]\.\d", row.section)
     citation = row.citation
-    assert all(len(text) > 3 for text in (row.title, citation.authors, citation.title, citation.venue) if text not in ("STR", "RigL"))
+    assert all(len(text) > 3 for text in (row.title, citation.authors, citation.title, citation.venue) if text not in ("STR", "RigL", "SC"))
     assert str(citation) == f"{citation.authors}. {citation.title}. {citation.venue}, {citation.year}."
     assert row.fidelity in ("exact", "simplified")
     assert row.differs
@@ -159,12 +185,54 @@ def test_the_stages_of_tickets_and_of_retraining():
         assert any("0.893" in note for note in METHODS[name].differs)
 
 
-@pytest.mark.parametrize("name", [name for name in SURVEY if name not in ("str", "top_kast", *STAGED)])
+@pytest.mark.parametrize(
+    "name", [name for name in SURVEY if name not in ("str", "top_kast", "dropnet", *STAGED, *STRENGTH, *PRUNING_STAGE)]
+)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
 def test_a_sparsity_replaces_the_published_one_and_nothing_else(name, sparsity):
     recipe = method(name, sparsity=sparsity)
     assert recipe.sparsity == sparsity
     assert recipe.to_data() == METHODS[name].recipe.to_data() | {"sparsity": sparsity}
+
+
+@pytest.mark.parametrize("name", PRUNING_STAGE)
+def test_structured_rows_prune_in_one_stage_whose_sparsity_can_be_said(name):
+    def pruning(recipe):
+        [leaf] = [leaf for leaf in unroll(recipe) if leaf.recipe.final_sparsity is not None]
+        return leaf
+
+    leaf = pruning(method(name))
+    assert (leaf.recipe.sparsity, leaf.recipe.granularity.name, leaf.recipe.saliency.name) == PRUNING_STAGE[name]
+    assert leaf.finish == "shrink"
+    changed = method(name, sparsity=0.25)
+    assert pruning(changed).recipe.sparsity == 0.25
+    before, after = (pruning(recipe).recipe.to_data() for recipe in (method(name), changed))
+    assert after == before | {"sparsity": 0.25}
+    assert [leaf.length for leaf in unroll(changed)] == [leaf.length for leaf in unroll(method(name))]
+    with pytest.raises(InputError, match=r"^sparsity: must be in \[0, 1\), got 1\.5"):
+        method(name, sparsity=1.5)
+    with pytest.raises(InputError, match=r"reaches its sparsity without a final cut"):
+        method(name, sparsity=0.5, cut=True)
+
+
+def test_penalties_and_thresholds_of_structured_rows():
+    slimming = unroll(method("network_slimming"))
+    assert slimming[0].recipe.to_data() == {"target": "norm_scale", "penalty": {"l1": {"strength": 1e-4}}}
+    assert [str(leaf.length) for leaf in slimming] == ["1 run", "None", "1 run"]
+    lasso = unroll(method("ssl"))[0].recipe
+    assert lasso.penalty.to_data() == {"group_lasso": {"ratio": 0.8, "apply": "proximal"}}
+    assert (lasso.selection.name, lasso.final_sparsity) == ("threshold", None)
+    rounds = unroll(method("prunetrain"))
+    assert len(rounds) == 10
+    assert all(leaf.recipe.penalty.to_data() == {"group_lasso": {"ratio": 0.25, "scaled": False}} for leaf in rounds)
+    assert all(leaf.finish == "shrink" and leaf.recipe.selects for leaf in rounds)
+    early = unroll(method("early_bird_channels"))[0].recipe
+    assert (early.schedule.window, early.schedule.distance, early.penalty.of) == (5, 0.1, "norm")
+    dropped = [leaf.prune.fraction for leaf in unroll(method("dropnet")) if leaf.prune is not None]
+    assert 1 - math.prod(1 - fraction for fraction in dropped) == pytest.approx(0.672, abs=5e-4)
+    for name in STRENGTH:
+        with pytest.raises(InputError, match=f"^sparsity: the stages of {name!r} decide it"):
+            method(name, sparsity=0.5)
 
 
 def test_fields_replace_slots():
@@ -197,13 +265,13 @@ def test_a_final_cut():
     }
     assert method("str", sparsity=0.8, cut=True, allocation="uniform").allocation.name == "uniform"
     assert [name for name, row in METHODS.items() if row.by_strength] == ["str"]
-    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == [*STAGED, "str"]
+    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == [*STAGED, "str", "ssl", "dropnet", "prunetrain"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"name": "rigel"}, "unknown method 'rigel'; did you mean 'rigl'? choices: acdc, dsd, gmp, "),
+        ({"name": "rigel"}, "unknown method 'rigel'; did you mean 'rigl'? choices: acdc, dropnet, dsd, "),
         (
             {"name": "str", "sparsity": 0.9},
             "sparsity: the strength of 'str' decides it; drop it, or ask for a final exact cut by its learned score (cut=True, or --cut)",

@@ -322,3 +322,100 @@ def test_batch_counters_may_be_missing_and_nothing_else(tmp_path):
     safetensors.torch.save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(InputError, match=r"'1\.running_var' of the model is not in the file"):
         load(tmp_path / "less.safetensors", fresh)
+
+
+# ---------------------------------------------------------------- what was taken out of the model
+
+
+def small_and_whole() -> tuple[nn.Module, nn.Module, dict[str, dict[str, dict[str, list[int]]]]]:
+    """A model without units 0 and 2 of its first layer, a fresh one of the original shape, and what tells them apart."""
+    whole = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.Linear(2, 2))
+    small = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    units = {"0": [1, 3]}
+    own = {f"1.{name}": units for name in ("weight", "bias", "running_mean", "running_var")}
+    return small, whole, {"tensors": {"0.weight": units, "0.bias": units, **own, "2.weight": {"1": [1, 3]}}, "layers": {"": [0, 1, 2]}}
+
+
+def test_a_fresh_model_becomes_as_small_as_the_file(tmp_path: Path) -> None:
+    small, whole, removed = small_and_whole()
+    save(small, tmp_path / "file", removed=removed)
+    loaded = load(tmp_path / "file", whole)
+    assert loaded.removed.model_dump() == {**removed, "attributes": {}}
+    assert_same(dict(whole.state_dict()), dict(small.state_dict()))
+    assert len(whole) == 3
+    x = torch.randn(5, 3)
+    assert torch.equal(whole.eval()(x), small.eval()(x))
+    again, _, _ = small_and_whole()
+    load(tmp_path / "file", again)  # as small already
+    assert_same(dict(again.state_dict()), dict(small.state_dict()))
+
+
+def test_a_file_of_a_whole_model_says_nothing_of_removals(tmp_path: Path) -> None:
+    small, _, removed = small_and_whole()
+    save(small, tmp_path / "file")
+    plain = (tmp_path / "file").read_bytes()
+    assert b"removed" not in plain
+    assert not load(tmp_path / "file").removed
+    save(small, tmp_path / "file", removed={})
+    assert (tmp_path / "file").read_bytes() == plain
+    save(small, tmp_path / "file", removed=removed)
+    assert b"removed" in (tmp_path / "file").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2), nn.ReLU()),
+            "index 3 is to be kept; the removal is of another model",
+        ),
+        (
+            nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.Linear(2, 2)),
+            "'0.weight' is torch.float32 of shape [2, 3]",
+        ),
+        (nn.Linear(3, 4), "9 of its tensors are not in the model, such as '0.weight'"),
+    ],
+)
+def test_a_model_of_other_shapes_is_refused_and_stays(tmp_path: Path, model: nn.Module, said: str) -> None:
+    small, _, removed = small_and_whole()
+    save(small, tmp_path / "file", removed=removed)
+    before = copy.deepcopy(model)
+    with pytest.raises(InputError) as error:
+        load(tmp_path / "file", model)
+    assert said in str(error.value)
+    assert repr(model) == repr(before)
+    assert_same(dict(model.state_dict()), dict(before.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("removed", "said"),
+    [
+        (
+            {"tensors": {"0.weight": {"0": [1, 2, 3]}}},
+            "it keeps 3 entries of '0.weight' along dimension 0, and the model's '0.weight' has shape",
+        ),
+        ({"tensors": {"0.weight": {"5": [1]}}}, "it keeps 1 entries of '0.weight' along dimension 5"),
+        ({"tensors": {"0.weight": {"0": [2, 1]}}}, "and increasing"),
+        ({"0.weight": {"0": [1]}}, "removed: 0.weight: Extra inputs are not permitted"),
+    ],
+)
+def test_a_removal_that_does_not_end_in_the_model_is_not_saved(tmp_path: Path, removed: dict[str, object], said: str) -> None:
+    small, _, _ = small_and_whole()
+    with pytest.raises(InputError) as error:
+        save(small, tmp_path / "file", removed=removed)
+    assert said in str(error.value)
+    assert not (tmp_path / "file").exists()
+
+
+def test_tied_weights_of_a_smaller_model_come_back(tmp_path: Path) -> None:
+    def tied(width: int) -> nn.Module:
+        model = nn.ModuleDict({"a": nn.Embedding(5, width), "b": nn.Linear(width, 5, bias=False)})
+        model["b"].weight = model["a"].weight
+        return model
+
+    small, whole = tied(2), tied(4)
+    save(small, tmp_path / "file", removed={"tensors": {"a.weight": {"1": [0, 3]}}})
+    load(tmp_path / "file", whole)
+    assert whole["a"].weight is whole["b"].weight
+    assert torch.equal(whole["a"].weight, small["a"].weight)
+    assert whole["b"].in_features == 2

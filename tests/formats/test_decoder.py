@@ -1,5 +1,6 @@
 """The decoder that the format's page shows, run as a stranger would: NumPy and the standard library only."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from formats.states import bits, state_and_masks
 from hypothesis import given, settings
 from torch import Tensor
 
-from niwaki.formats import save
+from niwaki.formats import load, save
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 SOURCE = next(iter(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)))
@@ -50,9 +51,16 @@ assert not {"torch", "safetensors", "niwaki"} & set(sys.modules)
     assert len(code) <= 32
 
 
-def test_the_page_shows_a_description_like_those_written(tmp_path: Path) -> None:
-    import json
+def test_the_decoder_reads_a_file_that_says_what_was_removed(tmp_path: Path) -> None:
+    shown = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
+    weight = torch.arange(6.0).reshape(3, 2)
+    save({"blocks.1.up.weight": weight}, tmp_path / "file", removed=shown)
+    assert load(tmp_path / "file").removed.model_dump() == shown
+    tensors, _ = decoder()(tmp_path / "file")
+    assert tensors["blocks.1.up.weight"].tobytes() == bits(weight)
 
+
+def test_the_page_shows_a_description_like_those_written(tmp_path: Path) -> None:
     import safetensors
 
     shown = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[0])

@@ -52,6 +52,45 @@ REFUSED = [
         "allocation: has no effect, as the strength of relaxation 'soft_threshold' decides; drop it, or add sparsity for a final cut",
     ),
     (f"{{{STR}, schedule: cubic}}", "schedule: has no effect, as the strength"),
+    # a threshold decides
+    ("{sparsity: 0.9, selection: {threshold: 1}}", "sparsity: how many pieces go is decided by the value of selection 'threshold'"),
+    ("{granularity: 2:4, selection: {threshold: 1}}", "granularity: how many pieces go is decided by the value of selection 'threshold'"),
+    (
+        "{schedule: {list: {sparsity: [0.5], every: 1 steps}}, selection: {threshold: 1}}",
+        "schedule: how many pieces go is decided by the value of selection 'threshold'",
+    ),
+    ("{selection: {threshold: 1}, allocation: global}", "allocation: has no effect, as selection 'threshold' compares every score"),
+    (
+        "{selection: {threshold: 1}, schedule: cubic}",
+        "schedule: 'cubic' says how sparse, and selection 'threshold' decides that; choices: constant, one_shot",
+    ),
+    (
+        f"{{selection: {{threshold: 1}}, growth: gradient, {UPDATES}}}",
+        "growth: 'gradient' needs a count of pieces, which selection 'threshold' has not; choices: none",
+    ),
+    # one mask that is waited for
+    (
+        "{sparsity: 0.9, schedule: mask_stability, growth: gradient}",
+        "growth: 'gradient' needs a schedule that updates again, and 'mask_stability' lets one mask act; choices: none",
+    ),
+    (
+        "{sparsity: 0.9, schedule: mask_stability, relaxation: latent, gradient: {superset: {sparsity: 0.5}}}",
+        "gradient: 'superset' is drawn anew with each mask, and schedule 'mask_stability' lets one act; choices: active, dense",
+    ),
+    # what is read must be there
+    (
+        "{sparsity: 0.9, saliency: norm_scale}",
+        "saliency: 'norm_scale' reads the scales of normalizations, and granularity 'element' has none; choices: granularity channel",
+    ),
+    (
+        "{sparsity: 0.9, saliency: activity, granularity: output_channel}",
+        "granularity: 'output_channel' has no activity of its own, which saliency 'activity' reads; choices: channel, group, head, ",
+    ),
+    ("{penalty: group_lasso}", "penalty: 'group_lasso' is about pieces of several weights, and granularity 'element' has single ones"),
+    (
+        "{granularity: layer, relaxation: {dropout: {rescale: true}}}",
+        "relaxation.dropout.rescale: pieces of granularity 'layer' span several tensors, which would all be scaled; choices: ",
+    ),
     # learned scores
     (
         "{sparsity: 0.9, saliency: score}",
@@ -108,7 +147,7 @@ REFUSED = [
     # who learns
     (
         "{sparsity: 0.9, gradient: dense}",
-        "gradient: 'dense' needs a relaxation that keeps dense weights, not 'hard'; choices: active, or relaxation latent, ",
+        "gradient: 'dense' needs a relaxation that keeps dense weights, not 'hard'; choices: active, or relaxation dropout, latent, ",
     ),
     ("{sparsity: 0.9, gradient: frozen}", "gradient: 'frozen' needs a relaxation that keeps dense weights, not 'hard'"),
     (
@@ -155,7 +194,7 @@ def test_impossible_combinations_are_refused(yaml, said):
         "{granularity: 2:4, schedule: cubic}",
         f"{{granularity: 2:4, growth: all, {PHASES}}}",
         "{penalty: {l1: {}}, granularity: filter}",
-        f"{{{STR}, granularity: filter, target: {{weights: {{include: [a]}}}}}}",
+        f"{{{STR}, granularity: output_channel, target: {{weights: {{include: [a]}}}}}}",
         f"{{sparsity: 0.9, {STR}, saliency: score, schedule: {{one_shot: {{at: 5 steps}}}}}}",
         f"{{sparsity: 0.9, {MOVEMENT}, schedule: {{one_shot: {{at: 1 run}}}}}}",
         f"{{sparsity: 0.9, {MOVEMENT}, {UPDATES}, gradient: frozen}}",
@@ -169,8 +208,18 @@ def test_impossible_combinations_are_refused(yaml, said):
         "{sparsity: 0.9, schedule: {phases: {dense: [0], sparse: [10], unit: steps}}}",
         # not judged: these come later
         "{relaxation: hard_concrete, granularity: filter, saliency: score, gradient: dense}",
-        "{saliency: signal_to_noise, selection: threshold, relaxation: variational_noise}",
-        "{selection: {threshold: {at: 0.1}}}",
+        "{saliency: signal_to_noise, selection: {threshold: 1}, relaxation: variational_noise}",
+        "{selection: {hysteresis: {at: 0.1}}}",
+        "{selection: {threshold: 0.1}}",
+        "{selection: {threshold: {value: 0.1}}, schedule: {constant: {every: 1 epochs}}, granularity: filter}",
+        "{granularity: layer, relaxation: {dropout: {rate: 0.2}}}",
+        "{sparsity: 0.5, granularity: layer, saliency: position, relaxation: {dropout: {rate: 0.2}}, schedule: {one_shot: {at: 1 run}}}",
+        "{granularity: output_channel, relaxation: {dropout: {rate: 0.2, rescale: true}}}",
+        "{sparsity: 0.5, schedule: mask_stability, penalty: {l1: {of: norm}}, granularity: channel, saliency: norm_scale}",
+        "{sparsity: 0.5, target: norm_scale, saliency: norm_scale}",
+        "{sparsity: 0.5, granularity: input_channel, saliency: activity}",
+        "{granularity: channel, penalty: group_lasso}",
+        "{granularity: 4x1, penalty: {group_lasso: {apply: proximal}}}",
         "{sparsity: 0.9, growth: momentum}",
         "{sparsity: 0.9, saliency: apoz, relaxation: straight_through}",
         "{sparsity: 0.9, memory: error_feedback, target: gradients}",

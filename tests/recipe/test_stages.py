@@ -125,7 +125,7 @@ def test_stages_take_slots_of_the_recipe_around_them():
         ("[{finish: cut}]", "stages[0].finish: Input should be 'shrink', got 'cut'"),
         (
             "[{sparsity: 0.5, finish: shrink}]",
-            "stages[0].finish: 'shrink' removes whole channels, not pieces of 'element'; choices: granularity input_channel, ",
+            "stages[0].finish: 'shrink' removes whole channels, not pieces of 'element'; choices: granularity channel, ",
         ),
         ("[{prune: {fraction: 0.5}, finish: shrink}]", "stages[0].finish: 'shrink' removes whole channels, not pieces of 'element'"),
     ],

@@ -44,6 +44,8 @@ stages:
 LOUD = small.plane(loss=lambda outputs, targets: 1e4 * functional.cross_entropy(outputs, targets))
 """Its gradients overflow in float16 until the scaler has come down."""
 
+RATIO = "stages: [{repeat: 2, stages: [{for: 5 steps, granularity: channel, penalty: {group_lasso: {ratio: 0.2}}}]}]"
+
 CASES = {
     "dense": (None, {}),
     "dense with everything": (
@@ -66,6 +68,7 @@ CASES = {
     "lottery ticket": (TICKET.replace("OPTIMIZER", "fresh"), {"ema": 0.9}),
     "rewinding the optimizer too": (TICKET.replace("OPTIMIZER", "ticket"), {"optimizer": "adamw", "learning_rate": 0.01}),
     "stages": (STAGED, {}),
+    "strength from a ratio": (RATIO, {}),
     **{name: (method.recipe.to_yaml(), {}) for name, method in niwaki.METHODS.items() if method.recipe.stages is not None},
     "shrinking": (SHRINK, {"optimizer": "adamw", "learning_rate": 0.01}),
     "shrinking with an average": (SHRINK, {"ema": 0.9}),

@@ -353,6 +353,25 @@ def test_a_frozen_network_can_be_trained_by_its_scores_alone():
     assert masks[0] != masks[-1]
 
 
+@pytest.mark.filterwarnings("ignore:penalty. group_lasso has strength")
+def test_stages_that_share_a_penalty_share_the_strength_that_its_ratio_has_in_the_first():
+    lasso = "stages: [{repeat: 2, stages: [{for: 1 epochs, granularity: channel, penalty: {group_lasso: {%s, apply: proximal}}}]}]"
+    made = trainer(lasso % "ratio: 0.2", epochs=2)
+    done = made.run()
+    [strength] = made.strengths.values()
+    [note] = done.notes
+    assert f"strength {strength:.6g}" in note
+    plain = trainer(lasso % f"strength: {strength!r}", epochs=2)
+    plain.run()
+    assert plain.strengths == {}
+    assert all(torch.equal(a, b) for a, b in zip(small.weights(made.model).values(), small.weights(plain.model).values(), strict=True))
+    other = trainer(
+        (lasso % "ratio: 0.2").replace("}]}]", "}]}, {for: 1 epochs, granularity: channel, penalty: {group_lasso: {ratio: 0.3}}}]")
+    )
+    other.run()
+    assert len(other.strengths) == 2
+
+
 # ---------------------------------------------------------------- making the model smaller
 
 HALF = "sparsity: 0.5, granularity: input_channel, target: {weights: {include: [3.weight]}}"
@@ -371,8 +390,8 @@ def test_a_shrunk_model_computes_what_the_masked_one_did(settings):
     assert small_done.flops_multiplier == done.flops_multiplier
     assert done.masks.active == small_done.masks.active == 16 * 12
     kept = masked.masks["3.weight"][0].nonzero().flatten().tolist()
-    assert small_done.removed["0.weight"] == {"0": kept}
-    assert small_done.removed["3.weight"] == {"1": kept}
+    assert small_done.removed.tensors["0.weight"] == {"0": kept}
+    assert small_done.removed.tensors["3.weight"] == {"1": kept}
     assert any("smaller" in note for note in small_done.notes)
 
 
@@ -383,3 +402,26 @@ def test_what_a_smaller_model_costs_is_compared_with_the_original_one():
     assert done.flops_multiplier == pytest.approx((masked + smaller) / (2 * dense), rel=1e-12)
     assert [len(group["params"]) for group in made.optimizer.param_groups] == [8]
     assert all(p in made.optimizer.state for p in made.model.parameters())
+
+
+def test_momentum_goes_on_in_the_smaller_model():
+    """Training, shrinking and training is training with the masked units, to rounding: nothing starts afresh."""
+    texts = [f"stages: [{{for: 1 epochs, {HALF}{end}}}, {{for: 1 epochs}}]" for end in ("", ", finish: shrink")]
+    masked, shrunk = (trainer(text, epochs=2) for text in texts)
+    done, small_done = masked.run(), shrunk.run()
+    inputs = masked.data.test.tensors[0]
+    kept = done.masks["3.weight"][0]
+    assert shrunk.model[0].out_features == int(kept.sum())
+    torch.testing.assert_close(shrunk.model.eval()(inputs), masked.model.eval()(inputs), rtol=1e-3, atol=1e-5)
+    assert small_done.history[-1].train_loss == pytest.approx(done.history[-1].train_loss, rel=1e-5)
+
+
+def test_a_model_that_cannot_be_made_smaller_stays_masked_and_is_told():
+    made = trainer(f"stages: [{{for: 1 epochs, {HALF}, finish: shrink}}]", epochs=1)
+    made.model[0].register_forward_hook(lambda module, args, output: output.view(-1, 24))  # a size in somebody's own code
+    done = made.run()
+    assert made.model[0].out_features == 24
+    assert not done.removed
+    assert "finish: shrink removed nothing" in done.notes
+    assert any(note.startswith("0: 12 masked units were not removed: with 12 of 24 the model") for note in done.notes)
+    assert not any("smaller" in note for note in done.notes)

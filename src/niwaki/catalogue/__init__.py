@@ -1,4 +1,4 @@
-"""The catalogue: named methods of the survey as data, one file for each of its chapters.
+"""The catalogue: named methods of the survey as data, a file for each of its chapters, and one for structured methods.
 
 A row holds a citation, the survey's place and columns, how faithful it is, and a recipe. Files are read once, when the first row is
 asked for, and validated strictly.
@@ -6,7 +6,7 @@ asked for, and validated strictly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,12 +17,12 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from niwaki.component import build
 from niwaki.errors import InputError, did_you_mean
-from niwaki.recipe import Recipe, Slots, combinations, text
+from niwaki.recipe import Recipe, Slots, Stage, combinations, text
 from niwaki.recipe.strict import Strict
 from niwaki.relaxation import Relaxation
 
-CHAPTERS = ("schedules", "removal", "regrowth")
-"""The data files, in the survey's order: its chapters 3, 4 and 6."""
+CHAPTERS = ("schedules", "removal", "regrowth", "structured")
+"""The data files: the survey's chapters 3, 4 and 6, and structured methods of all chapters."""
 
 Text = Annotated[str, Field(min_length=1)]
 Codes = tuple[str, ...]
@@ -95,8 +95,11 @@ class Method(Strict):
 
     @property
     def takes_sparsity(self) -> bool:
-        """Whether a sparsity can be asked for without a final cut; otherwise its strength decides (``by_strength``), or its stages do."""
-        return self.recipe.final_sparsity is not None
+        """Whether a sparsity can be asked for without a final cut: its own, or that of the one stage that says one.
+
+        Otherwise its strength decides (``by_strength``), or its stages do.
+        """
+        return self.recipe.final_sparsity is not None or len(_saying_sparsity(self.recipe.stages or ())) == 1
 
     @property
     def by_strength(self) -> bool:
@@ -132,7 +135,7 @@ def method(name: str, sparsity: float | None = None, cut: bool = False, **fields
 
     Args:
         name: a name of ``METHODS``.
-        sparsity: in [0, 1); None takes the published default.
+        sparsity: in [0, 1), in the place of the one that the recipe or one of its stages says; None takes the published default.
         cut: for methods whose strength decides how sparse the model gets: make a final exact cut to ``sparsity`` by the learned score.
         **fields: slots of the recipe that replace the method's; None takes a slot back to the vocabulary's default.
 
@@ -147,7 +150,12 @@ def method(name: str, sparsity: float | None = None, cut: bool = False, **fields
     row = METHODS[name].recipe
     said = {field: value for field, value in ({f: getattr(row, f) for f in row.given} | fields).items() if value is not None}
     if sparsity is not None and row.stages is not None:
-        raise InputError(f"sparsity: the stages of {name!r} decide it; drop it, or change them (niwaki methods {name} shows the recipe)")
+        if not METHODS[name].takes_sparsity:
+            raise InputError(
+                f"sparsity: the stages of {name!r} decide it; drop it, or change them (niwaki methods {name} shows the recipe)"
+            )
+        if not cut:
+            return Recipe(**said | {"stages": _with_sparsity(row.stages, Slots(sparsity=sparsity).sparsity)})
     decides = combinations.decides(cast(Relaxation, build("relaxation", said.get("relaxation", "hard"))))
     if cut and not decides:
         others = ", ".join(name for name, method in METHODS.items() if method.by_strength)
@@ -166,6 +174,23 @@ def method(name: str, sparsity: float | None = None, cut: bool = False, **fields
     elif combinations.fixed_sparsity(Slots(**{field: said[field] for field in ("granularity", "schedule") if field in said})) is not None:
         said.pop("sparsity", None)
     return Recipe(**said)
+
+
+def _saying_sparsity(stages: Sequence[Stage]) -> list[Stage]:
+    """Return the stages, those inside others too, that say a sparsity."""
+    return [said for stage in stages for said in ([stage] if stage.sparsity is not None else _saying_sparsity(stage.stages or ()))]
+
+
+def _with_sparsity(stages: Sequence[Stage], sparsity: float | None) -> list[Stage]:
+    """Return the stages with a sparsity in the place of every one that they say."""
+    replaced = []
+    for stage in stages:
+        if stage.sparsity is not None:
+            stage = stage.model_copy(update={"sparsity": sparsity})
+        elif stage.stages is not None:
+            stage = stage.model_copy(update={"stages": tuple(_with_sparsity(stage.stages, sparsity))})
+        replaced.append(stage)
+    return replaced
 
 
 def find(name: str, sparsity: float | None = None, cut: bool = False) -> Recipe:

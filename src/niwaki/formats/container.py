@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from niwaki.formats.description import (
 )
 from niwaki.formats.files import CODES, FilePath, Reader, raw_bytes, reading, write
 from niwaki.masks import Masks, canonical_name, distribute, equals_zero, is_sharded, local, nearest, shard
+from niwaki.removed import Removed, replay
 
 HEADER_BYTES = 160
 """About what a second component costs in the header; an unmasked tensor is stored as a bitmap when it saves more than that."""
@@ -33,18 +34,28 @@ HEADER_BYTES = 160
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file holds: dense tensors by canonical name (tied names share one tensor) and the masks, all on the CPU."""
+    """What a file holds: dense tensors by canonical name (tied names share one tensor) and the masks, all on the CPU.
+
+    ``removed`` is what had been taken out of the model when it was saved.
+    """
 
     tensors: dict[str, Tensor]
     masks: Masks
+    removed: Removed = field(default_factory=Removed)
 
 
-def save(model: nn.Module | Mapping[str, Tensor], path: FilePath, masks: Mapping[str, Tensor] | None = None) -> None:
+def save(
+    model: nn.Module | Mapping[str, Tensor],
+    path: FilePath,
+    masks: Mapping[str, Tensor] | None = None,
+    removed: Removed | Mapping[str, Any] | None = None,
+) -> None:
     """Store a model, or a state dict, in one file.
 
     A tensor with a mask is stored as packed positions and the values there, so that the mask survives; another one is stored
     without its zeros where that saves bytes, else plainly. Values keep every bit (NaN payloads, -0.0); masked elements come back as
-    +0.0. Tensors that share memory wholly are stored once. Names lose wrapper prefixes.
+    +0.0. Tensors that share memory wholly are stored once. Names lose wrapper prefixes. With ``removed``, what :func:`niwaki.shrink` took
+    out, :func:`load` makes a model of the original shape as small.
 
     The file appears whole or not at all. With DTensors every rank must call this; the first rank of the mesh writes, the others
     return without waiting for it.
@@ -58,10 +69,11 @@ def save(model: nn.Module | Mapping[str, Tensor], path: FilePath, masks: Mapping
 
     Raises:
         InputError: a path that cannot be written; an entry that is no plain tensor; a mask that does not fit its tensor, or whose
-            masked elements are not zero (nothing is pruned silently).
+            masked elements are not zero (nothing is pruned silently); a removal that does not end in the model's shapes.
         NiwakiError: the disk is full.
     """
     masks = masks if isinstance(masks, Masks) else Masks(masks)
+    removed = Removed.of(removed or {})
     state: object = model.state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: expected a model or a state dict, got {type(model).__name__}")
@@ -69,6 +81,7 @@ def save(model: nn.Module | Mapping[str, Tensor], path: FilePath, masks: Mapping
     for name in masks:
         if name not in tensors:
             raise InputError(f"{path}: masks: {name!r} is not a tensor of the model; {nearest(name, tensors)}")
+    _require_removal(removed, tensors, path)
     tied = _tied(tensors, masks, path)
     components: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}
@@ -89,14 +102,16 @@ def save(model: nn.Module | Mapping[str, Tensor], path: FilePath, masks: Mapping
         if writes:
             components |= {component(name, encoding, part): data for part, data in parts.items()}
     if writes:
-        write(path, components, {"format": "pt", "niwaki": Description(tensors=entries, tied=tied).to_text()})
+        write(path, components, {"format": "pt", "niwaki": Description(tensors=entries, tied=tied, removed=removed).to_text()})
 
 
 def load(path: FilePath, model: nn.Module | None = None) -> Loaded:
     """Read a container, or a plain safetensors file (dense, without masks), and return its tensors and masks.
 
     With a model, the tensors are also loaded into it: every name, shape and dtype must fit, and nothing is changed when one does not.
-    A wrapped or sharded model takes the file of a plain one, and the reverse. No code in the file is ever run: it is data only.
+    A wrapped or sharded model takes the file of a plain one, and the reverse. The file of a model that was made smaller fits a model that
+    was made as small, and one of the original shape, from which the same is taken out first (see :func:`niwaki.structured.replay`).
+    No code in the file is ever run: it is data only.
 
     Raises:
         InputError: the file cannot be read, is damaged or is not what the format allows, or does not fit the model.
@@ -105,11 +120,28 @@ def load(path: FilePath, model: nn.Module | None = None) -> Loaded:
         text = file.metadata.get("niwaki")
         loaded = _load_plain(file) if text is None else _load_described(file, Description.from_text(text, path))
     if model is not None:
+        own = _own(model, path)
+        if loaded.removed and any(name not in loaded.tensors or t.shape != loaded.tensors[name].shape for name, (_, t) in own.items()):
+            _fitting(_smaller(own, loaded.removed), loaded.tensors, f"{path}: after what it says was removed")
+            replay(model, loaded.removed)
         _load_into(model, loaded.tensors, path)
     return loaded
 
 
 # -- saving --------------------------------------------------------------------------------------------------------------------
+
+
+def _require_removal(removed: Removed, tensors: Mapping[str, Tensor], path: FilePath) -> None:
+    """Raise InputError for a removal after which the model's tensors would have other shapes."""
+    for name, dimensions in removed.tensors.items():
+        after = removed.name_after(name)
+        tensor = tensors.get(after or "")
+        for dimension, kept in dimensions.items():
+            if tensor is not None and (int(dimension) >= tensor.ndim or tensor.shape[int(dimension)] != len(kept)):
+                raise InputError(
+                    f"{path}: removed: it keeps {len(kept)} entries of {name!r} along dimension {dimension}, and the model's {after!r} has"
+                    f" shape {list(tensor.shape)}; give what shrink returned for this model"
+                )
 
 
 def _named_tensors(state: Mapping[Any, Any], where: str) -> dict[str, tuple[str, Tensor]]:
@@ -238,7 +270,7 @@ def _load_described(file: Reader, description: Description) -> Loaded:
         if entry.masked and active is not None:
             masks[name] = active
     tensors |= {alias: tensors[name] for alias, name in description.tied.items()}
-    return Loaded(tensors, Masks(masks))
+    return Loaded(tensors, Masks(masks), description.removed)
 
 
 def load_entry(file: Reader, name: str, entry: Entry) -> tuple[Tensor, Tensor | None]:
@@ -263,29 +295,55 @@ OPTIONAL = "num_batches_tracked"
 """How the names of the batch counters of normalization layers end: files of other makers may lack them, and they then stay as they are."""
 
 
+def _own(model: nn.Module, path: FilePath) -> dict[str, tuple[str, Tensor]]:
+    return _named_tensors(model.state_dict(), f"{path}: cannot be loaded into this model")
+
+
+def _smaller(own: Mapping[str, tuple[str, Tensor]], removed: Removed) -> dict[str, tuple[str, Tensor]]:
+    """Return what the tensors of a model will be once something is taken out of it, without values; ties stay."""
+    cuts = {_memory(own[name][1]): dimensions for name, dimensions in removed.tensors.items() if name in own}
+    every = removed.model_copy(update={"tensors": {name: cuts.get(_memory(tensor), {}) for name, (_, tensor) in own.items()}})
+    shapes = every.shapes_after({name: list(tensor.shape) for name, (_, tensor) in own.items()})
+    made: dict[tuple[object, ...], Tensor] = {}
+    found = {}
+    for name, shape in shapes.items():
+        tensor = own[removed.name_before(name)][1]
+        found[name] = name, made.setdefault(_memory(tensor), torch.empty(shape, dtype=tensor.dtype, device="meta"))
+    return found
+
+
 def _load_into(model: nn.Module, tensors: Mapping[str, Tensor], path: FilePath) -> None:
     """Load tensors into a model, after checking that all of them fit."""
-    own = _named_tensors(model.state_dict(), f"{path}: cannot be loaded into this model")
+    own = _own(model, path)
+    known = dict(own.values())
+    values = {
+        key: distribute(value, known[key]) if is_sharded(known[key]) else value for key, value in _fitting(own, tensors, str(path)).items()
+    }
+    left = {key: tensor for key, tensor in model.state_dict().items() if key not in values and key.endswith(OPTIONAL)}
+    model.load_state_dict({**values, **left})
+
+
+def _fitting(own: Mapping[str, tuple[str, Tensor]], tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return the value of each of a model's tensors by its given name, after checking that all of them fit."""
     by_memory: dict[tuple[object, ...], str] = {}
     values: dict[str, Tensor] = {}
     if unexpected := [name for name in tensors if name not in own]:
         name = unexpected[0]
-        raise InputError(f"{path}: {len(unexpected)} of its tensors are not in the model, such as {name!r}; {nearest(name, own)}")
+        raise InputError(f"{where}: {len(unexpected)} of its tensors are not in the model, such as {name!r}; {nearest(name, own)}")
     for name, (_, tensor) in own.items():
         if name in tensors:
             first = by_memory.setdefault(_memory(tensor), name)
             if tensors[name] is not tensors[first] and raw_bytes(tensors[name]) != raw_bytes(tensors[first]):
-                raise InputError(f"{path}: {first!r} and {name!r} are one tied tensor in the model, but differ in the file")
+                raise InputError(f"{where}: {first!r} and {name!r} are one tied tensor in the model, but differ in the file")
     for name, (key, tensor) in own.items():
         source = name if name in tensors else by_memory.get(_memory(tensor))
         if source is None and name.endswith(OPTIONAL):
             continue
         if source is None:
-            raise InputError(f"{path}: {name!r} of the model is not in the file; {nearest(name, tensors)}")
+            raise InputError(f"{where}: {name!r} of the model is not in the file; {nearest(name, tensors)}")
         value = tensors[source]
         if value.shape != tensor.shape or value.dtype != tensor.dtype:
             have, want = (f"{t.dtype} of shape {list(t.shape)}" for t in (value, tensor))
-            raise InputError(f"{path}: {name!r} is {have} in the file and {want} in the model")
-        values[key] = distribute(value, tensor) if is_sharded(tensor) else value
-    left = {key: tensor for key, tensor in model.state_dict().items() if key not in values and key.endswith(OPTIONAL)}
-    model.load_state_dict({**values, **left})
+            raise InputError(f"{where}: {name!r} is {have} in the file and {want} in the model")
+        values[key] = value
+    return values

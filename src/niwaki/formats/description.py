@@ -10,12 +10,13 @@ import re
 import zlib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from niwaki.errors import InputError
 from niwaki.formats.files import DTYPES, check_shape, raw_bytes, unique_json
 from niwaki.masks import canonical_name
+from niwaki.removed import Removed
 
 VERSION = 1
 MARK = '{"format":"niwaki",'
@@ -46,7 +47,10 @@ class Entry(BaseModel):
 
 
 class Description(BaseModel):
-    """How all tensors of a file are stored. ``tied`` maps further names of a tensor to the name that it is stored under."""
+    """How all tensors of a file are stored. ``tied`` maps further names of a tensor to the name that it is stored under.
+
+    ``removed`` is what was taken out of the model; a file of a whole model does not have the field.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -54,10 +58,12 @@ class Description(BaseModel):
     version: Literal[1] = 1
     tensors: dict[str, Entry]
     tied: dict[str, str]
+    removed: Removed = Field(default_factory=Removed)
 
     def to_text(self) -> str:
         """Return the compact JSON whose last field, ``crc32``, is the CRC-32 of all text before its comma."""
-        body = json.dumps(self.model_dump(), ensure_ascii=False, separators=(",", ":"))[:-1]
+        data = self.model_dump(exclude=None if self.removed else {"removed"})
+        body = json.dumps(data, ensure_ascii=False, separators=(",", ":"))[:-1]
         return f'{body},"crc32":{zlib.crc32(body.encode())}}}'
 
     @classmethod

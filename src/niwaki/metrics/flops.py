@@ -90,7 +90,7 @@ def forward_flops(
     masks = masks or {}
     model = _eager(model)
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    with _observing(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with observing(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         uses, counted, measured = _record(model, lambda: model(*example), counter.get_total_flops)
         total = counter.get_total_flops()
     layers = []
@@ -130,7 +130,7 @@ def weight_uses(model: nn.Module, example_call: Callable[[], Any], *, examples: 
     {'weight': 16.0}
     """
     inner = _eager(model)
-    with _observing(inner), torch.no_grad():
+    with observing(inner), torch.no_grad():
         uses, _, _ = _record(inner, example_call, lambda: 0)
     return {name: sum(chunks.uses) / len(chunks.uses) / examples for name, chunks in uses.items()}
 
@@ -211,7 +211,7 @@ def _uses(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: A
 
 
 @contextmanager
-def _observing(model: nn.Module) -> Iterator[None]:
+def observing(model: nn.Module) -> Iterator[None]:
     """Run the model plainly (evaluation mode, no compiled graph, no fused attention) and leave modes and random state as they were."""
     modes = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()

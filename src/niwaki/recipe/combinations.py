@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from niwaki.clock import Time
 from niwaki.component import REGISTRY, Component, Missing
 from niwaki.gradient import Superset
+from niwaki.granularity import Grouped
 from niwaki.growth import DropAndGrow
-from niwaki.relaxation import Relaxation
-from niwaki.schedule import Listed, OneShot, Phases, Ramp
+from niwaki.relaxation import Dropout, Relaxation
+from niwaki.schedule import Constant, Listed, OneShot, Phases, Ramp
 
 if TYPE_CHECKING:
     from niwaki.recipe.fields import Slots
@@ -52,6 +53,11 @@ def name_of(component: Component) -> str:
 def decides(relaxation: Relaxation) -> bool:
     """Return whether the relaxation's strength decides how sparse the model gets (planned ones all do)."""
     return isinstance(relaxation, Missing) or relaxation.decides
+
+
+def acts_alone(relaxation: Relaxation) -> bool:
+    """Return whether the relaxation acts without any mask: it decides, or draws at every step."""
+    return decides(relaxation) or relaxation.samples
 
 
 def fixed_sparsity(recipe: Slots) -> tuple[str, float] | None:
@@ -107,10 +113,10 @@ def pattern_fixes_layers(recipe: Slots, given: Collection[str]) -> str | None:
 
 def sparsity_is_given(recipe: Slots, given: Collection[str]) -> str | None:
     """A selection by count needs a count, unless nothing is to be masked or a relaxation decides."""
-    if recipe.final_sparsity is not None or decides(recipe.relaxation):
+    if recipe.selects or decides(recipe.relaxation):
         return None
     asked = next((slot for slot in RANKING if slot in given), None)
-    if asked is None and (recipe.penalty is not None or not recipe.must_mask):
+    if asked is None and (recipe.acts or not recipe.must_mask):
         return None
     what = "" if asked is None else f" for the {asked} to act on"
     return f"sparsity: missing; say what share of the target is to be masked{what}, in [0, 1)"
@@ -235,6 +241,91 @@ def superset_is_larger(recipe: Slots, given: Collection[str]) -> str | None:
     return f"gradient.superset.sparsity: {outer!r} must be below the recipe's sparsity, {final!r}; or say multiple"
 
 
+def threshold_decides(recipe: Slots, given: Collection[str]) -> str | None:
+    """Where scores are compared with a value, nothing else can say how many pieces go, or bring some back."""
+    if recipe.selection.name != "threshold":
+        return None
+    if recipe.final_sparsity is not None:
+        field = "sparsity" if recipe.sparsity is not None else "granularity" if recipe.granularity.sparsity is not None else "schedule"
+        return f"{field}: how many pieces go is decided by the value of selection 'threshold'; drop one of them"
+    if "allocation" in given:
+        return "allocation: has no effect, as selection 'threshold' compares every score with the same value; drop it"
+    if recipe.growth.name != "none":
+        return f"growth: {recipe.growth.name!r} needs a count of pieces, which selection 'threshold' has not; choices: none"
+    if not isinstance(recipe.schedule, OneShot | Constant):
+        return f"schedule: {recipe.schedule.name!r} says how sparse, and selection 'threshold' decides that; choices: constant, one_shot"
+    return None
+
+
+def stability_is_final(recipe: Slots, given: Collection[str]) -> str | None:
+    """A schedule that waits for one mask draws no second one, and cannot have masks that act meanwhile."""
+    if not recipe.schedule.candidates:
+        return None
+    schedule = recipe.schedule.name
+    if recipe.growth.name != "none":
+        return f"growth: {recipe.growth.name!r} needs a schedule that updates again, and {schedule!r} lets one mask act; choices: none"
+    if recipe.gradient.name == "superset":
+        return f"gradient: 'superset' is drawn anew with each mask, and schedule {schedule!r} lets one act; choices: active, dense"
+    return None
+
+
+def scores_are_of_units(recipe: Slots, given: Collection[str]) -> str | None:
+    """Some scores read what surrounds a unit: single tensors in other pieces would be ranked by something else."""
+    if not recipe.selects or isinstance(recipe.granularity, Grouped):
+        return None
+    saliency, granularity = recipe.saliency, recipe.granularity.name
+    if saliency.scored_on == "norms" and name_of(recipe.target) != "norm_scale":
+        choices = "granularity channel or group, or target: norm_scale"
+        return (
+            f"saliency: {saliency.name!r} reads the scales of normalizations, and granularity {granularity!r} has none; choices: {choices}"
+        )
+    if "activity" in saliency.needs and granularity != "input_channel":
+        choices = "channel, group, head, input_channel"
+        return f"granularity: {granularity!r} has no activity of its own, which saliency {saliency.name!r} reads; choices: {choices}"
+    return None
+
+
+def similar_units_share_a_tensor(recipe: Slots, given: Collection[str]) -> str | None:
+    """Units are compared within one tensor, and the tensors of a residual block are its own."""
+    if not recipe.selects or recipe.saliency.name != "similarity" or not isinstance(recipe.granularity, Grouped):
+        return None
+    if "layer" not in recipe.granularity.kinds:
+        return None
+    choices = "magnitude, taylor, head_importance, position, random"
+    return f"saliency: 'similarity' compares the units of one tensor, and a tensor belongs to one layer; choices: {choices}"
+
+
+def pieces_are_groups(recipe: Slots, given: Collection[str]) -> str | None:
+    """A norm of a single weight is its size."""
+    assert recipe.penalty is not None
+    if not recipe.penalty.grouped or recipe.granularity.name not in ("element", "n_m"):
+        return None
+    penalty, granularity = recipe.penalty.name, recipe.granularity.name
+    choices = "channel, output_channel or another granularity, or penalty: l1"
+    return f"penalty: {penalty!r} is about pieces of several weights, and granularity {granularity!r} has single ones; choices: {choices}"
+
+
+def rescaling_is_linear(recipe: Slots, given: Collection[str]) -> str | None:
+    """A unit that spans several tensors would be scaled by each of them."""
+    if not isinstance(recipe.relaxation, Dropout) or not recipe.relaxation.rescale or not isinstance(recipe.granularity, Grouped):
+        return None
+    return (
+        f"relaxation.dropout.rescale: pieces of granularity {recipe.granularity.name!r} span several tensors, which would all be scaled;"
+        " choices: rescale: false, or granularity output_channel"
+    )
+
+
+def units_share_masks(recipe: Slots, given: Collection[str]) -> str | None:
+    """A relaxation that decides weight by weight would cut through units."""
+    if not isinstance(recipe.granularity, Grouped) or not recipe.relaxation.decides:
+        return None
+    relaxation, granularity = recipe.relaxation.name, recipe.granularity.name
+    choices = _choices("relaxation", lambda cls: not getattr(cls, "decides"))  # noqa: B009
+    return (
+        f"relaxation: {relaxation!r} decides weight by weight, and a unit of granularity {granularity!r} has one mask; choices: {choices}"
+    )
+
+
 def penalty_has_superset(recipe: Slots, given: Collection[str]) -> str | None:
     """The exploration penalty is about the superset."""
     assert recipe.penalty is not None
@@ -266,6 +357,13 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Slots, Collection[str]], str | Non
     (("gradient", "relaxation"), gradient_has_weights),
     (("gradient",), superset_is_larger),
     (("penalty", "gradient"), penalty_has_superset),
+    (("granularity", "schedule", "selection", "growth"), threshold_decides),
+    (("schedule", "growth", "gradient"), stability_is_final),
+    (("selection", "granularity", "saliency"), scores_are_of_units),
+    (("saliency", "granularity", "selection"), similar_units_share_a_tensor),
+    (("penalty", "granularity"), pieces_are_groups),
+    (("relaxation", "granularity"), units_share_masks),
+    (("relaxation", "granularity"), rescaling_is_linear),
     ((), memory_has_gradients),
 )
 """The slots that a rule is about, and the rule; the first one that is broken is told."""

@@ -67,9 +67,14 @@ class Slots(Strict):
         return None if fixed is None else fixed[1]
 
     @property
+    def selects(self) -> bool:
+        """Whether pieces are masked by their scores: a count of them, or those below a threshold."""
+        return self.final_sparsity is not None or isinstance(self.selection, v.Threshold)
+
+    @property
     def acts(self) -> bool:
-        """Whether it needs a sparsifier: something is masked by count, penalized, or decided by a relaxation."""
-        return self.final_sparsity is not None or self.penalty is not None or combinations.decides(self.relaxation)
+        """Whether it needs a sparsifier: something is masked by its score, penalized, decided or drawn by a relaxation."""
+        return self.selects or self.penalty is not None or combinations.acts_alone(self.relaxation)
 
     def to_data(self, *, defaults: bool = False) -> dict[str, Any]:
         """Return plain data that ``from_data`` takes: what was said, in the order of the vocabulary.
@@ -85,7 +90,7 @@ class Slots(Strict):
 
     def components(self) -> Iterator[tuple[str, Component]]:
         """Yield every slot that has an effect, with its component."""
-        unused = set(combinations.RANKING) - self.given if self.final_sparsity is None else set()
+        unused = set() if self.selects else set(combinations.RANKING) - self.given
         for slot in v.DEFAULTS:
             component = getattr(self, slot)
             if component is not None and slot not in unused:
@@ -129,6 +134,8 @@ class Prune(Strict):
         if combinations.known(self.granularity) and self.granularity.sparsity is not None:
             name = self.granularity.name
             raise InputError(f"granularity: {name!r} fixes the sparsity, so a fraction of what is left has no meaning; drop prune")
+        if isinstance(self.selection, v.Threshold):
+            raise InputError("selection: 'threshold' decides how many pieces go, so a fraction has no meaning; drop one of them")
         if "score" in self.saliency.needs:
             raise InputError(f"saliency: {self.saliency.name!r} is learned while training, and prune comes after it; choose another")
         return self
@@ -190,7 +197,7 @@ class Stage(Slots):
             except InputError as error:
                 raise InputError(f"prune.{error}") from None
         whole = Stage.model_construct(set(slots), **slots)
-        if whole.final_sparsity is None:
+        if not whole.selects:
             useless = set(combinations.RANKING) if whole.acts else around.keys() - {"objective"}
             slots = {field: value for field, value in slots.items() if field in own or field not in useless}
         return Stage.model_construct(set(slots), **slots | {"prune": prune})

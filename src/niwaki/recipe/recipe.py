@@ -155,7 +155,11 @@ class Recipe(Slots):
         if self.stages is not None:
             lines += [line for i, stage in enumerate(self.stages, 1) for line in _describe_stage(stage, str(i))]
             return lines + [_sentence(slot, c) for slot, c in self.components() if slot in self.given]
-        if self.final_sparsity is None and combinations.decides(self.relaxation):
+        if self.final_sparsity is None and self.selects:
+            lines.append(
+                f"sparsity: decided by the scores, which the selection {combinations.name_of(self.selection)} compares with a value."
+            )
+        elif self.final_sparsity is None and combinations.decides(self.relaxation):
             lines.append(f"sparsity: decided by the strength of the relaxation {combinations.name_of(self.relaxation)}.")
         return lines + [_sentence(slot, component) for slot, component in self.components()]
 
@@ -209,7 +213,7 @@ def _require_time(stage: Stage, given: Collection[str]) -> None:
     if idle is not None:
         raise InputError(f"for: missing; {idle} acts while a stage trains, so say how long, such as for: 1 run")
     at_once = isinstance(stage.schedule, OneShot) and stage.schedule.moment.value == 0
-    if stage.final_sparsity is not None and not at_once:
+    if stage.selects and not at_once:
         name = combinations.name_of(stage.schedule)
         raise InputError(f"for: missing; the schedule {name!r} takes time, so say how long, such as for: 1 run, or choose one_shot")
 
@@ -217,9 +221,9 @@ def _require_time(stage: Stage, given: Collection[str]) -> None:
 def _require_whole(stage: Stage) -> None:
     """Refuse to take out of a model what a stage masks in pieces that are no channels."""
     granularity = stage.prune.granularity if stage.prune is not None else stage.granularity
-    masks = stage.prune is not None or stage.final_sparsity is not None
+    masks = stage.prune is not None or stage.selects
     if stage.finish is not None and masks and granularity.name in NOT_WHOLE:
-        choices = "granularity input_channel, output_channel"
+        choices = "granularity channel, head, layer, group, input_channel, output_channel"
         raise InputError(f"finish: 'shrink' removes whole channels, not pieces of {granularity.name!r}; choices: {choices}")
 
 

@@ -92,6 +92,21 @@ def unroll(recipe: Recipe) -> tuple[Leaf, ...]:
     return tuple(replace(leaf, number=i) for i, leaf in enumerate(_unroll(recipe.stages, around, "stage ", "", ""), 1))
 
 
+def then_shrink(recipe: Recipe) -> Recipe:
+    """Return a recipe that ends by taking out of the model what it has masked as a whole.
+
+    >>> print(then_shrink(Recipe(sparsity=0.9)).to_yaml(), end="")
+    stages:
+    - {for: 1 run, sparsity: 0.9}
+    - {finish: shrink}
+    """
+    last = Stage(finish="shrink")
+    if recipe.stages is None:
+        slots = {field: getattr(recipe, field) for field in recipe.given}
+        return Recipe(stages=(Stage(**{"for": "1 run"}, **slots), last))
+    return recipe if recipe.stages[-1].finish == "shrink" else recipe.replace(stages=(*recipe.stages, last))
+
+
 def fit(recipe: Recipe, clock: Clock) -> list[str]:
     """Check every stage of a recipe against its own length; see :meth:`Recipe.fit`."""
     notes: dict[str, None] = {}
@@ -136,7 +151,7 @@ def _leaf(stage: Stage, around: Mapping[str, Any], says: str, where: str) -> Lea
     slots = {slot: getattr(filled, slot) for slot in filled.given if slot in Slots.model_fields}
     if not filled.acts:
         slots = {slot: component for slot, component in slots.items() if slot == "objective"}
-    elif filled.final_sparsity is None:  # the ranking of the recipe around it, which this stage has no use for
+    elif not filled.selects:  # the ranking of the recipe around it, which this stage has no use for
         slots = {slot: component for slot, component in slots.items() if slot not in RANKING}
     return Leaf(0, says, where, StageRecipe(**slots), stage.for_, filled.prune, stage.save, stage.restore, stage.finish)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator
 
 from niwaki.allocation import Allocation
 from niwaki.component import Component, build
@@ -36,6 +36,23 @@ class TopK(Selection):
     name = "top_k"
     equation = "M = 1 for the round((1 - S) N) largest scores, else 0"
     source = "Hagiwara 1993; Han, Pool, Tran, Dally 2015; tie rule of this library"
+
+
+class Threshold(Selection):
+    """Keep the pieces whose score reaches a value, however many they are; one piece a tensor or group stays.
+
+    How sparse the model gets is decided by what the scores become, so the recipe has no sparsity, and no allocation.
+
+    Attributes:
+        value: the lowest score that is kept.
+    """
+
+    name = "threshold"
+    equation = "M = 1 where s >= value, else 0"
+    source = "Wen, Wu, Wang, Chen, Li 2016 (SSL); Lym et al. 2019 (PruneTrain)"
+    single_field = "value"
+
+    value: Annotated[float, Field(allow_inf_nan=False)]
 
 
 DEFAULTS: dict[str, str | None] = {

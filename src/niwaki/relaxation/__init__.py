@@ -7,7 +7,8 @@ the new published weight is copied into the Parameter. A relaxation is pure: ten
 """
 
 from niwaki.relaxation.base import Hard, Latent, Relaxation
+from niwaki.relaxation.dropout import Dropout
 from niwaki.relaxation.soft_threshold import SoftThreshold
 from niwaki.relaxation.straight_through import StraightThrough
 
-__all__ = ["Hard", "Latent", "Relaxation", "SoftThreshold", "StraightThrough"]
+__all__ = ["Dropout", "Hard", "Latent", "Relaxation", "SoftThreshold", "StraightThrough"]

@@ -19,6 +19,13 @@ class Relaxation(Component):
     """Whether the published weight's zeros are the mask (a learned threshold), rather than a selection's result."""
     has_scores: ClassVar[bool] = False
     """Whether it learns a score that ``saliency: score`` can rank by."""
+    samples: ClassVar[bool] = False
+    """Whether it leaves out other pieces in every step, so that it acts without any mask."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the weights that a draw does not leave out."""
+        return 1.0
 
     def parameters(self, weight: Tensor, layout: Layout, name: str, seed: int) -> dict[str, Tensor]:
         """Return the initial values of the relaxation's own trainable parameters for one weight."""

@@ -328,11 +328,17 @@ def _files(found: Results) -> str:
     rows = [(found.model.file, number(found.model.bytes, "bytes"), found.model.sha256), ("masks", number(None), found.masks_hash)]
     removed = [
         (f"{name}, dimension {dimension}", Cell(f"{len(kept):,} kept", len(kept)), " ".join(map(str, kept)))
-        for name, dimensions in found.removed.items()
+        for name, dimensions in found.removed.tensors.items()
         for dimension, kept in dimensions.items()
     ]
+    removed += [(name, Cell(f"{len(kept):,} kept", len(kept)), " ".join(map(str, kept))) for name, kept in found.removed.layers.items()]
+    removed += [(path, Cell("a number", 0), str(value)) for path, value in found.removed.attributes.items()]
     return table("files", "Files and hashes", ("what", "size", "SHA-256"), rows) + table(
-        "removed", "What was taken out of the model", ("tensor", "channels", "indices that were kept"), removed, folded=True
+        "removed",
+        "What was taken out of the model",
+        ("what", "entries or blocks", "indices that were kept, or the value"),
+        removed,
+        folded=True,
     )
 
 

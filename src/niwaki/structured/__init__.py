@@ -1,5 +1,6 @@
-"""Physical removal: channels and units that a model provably does not need are taken out of it."""
+"""Physical removal: units that a model provably does not need are taken out of it."""
 
-from niwaki.structured.removal import Removed, Smaller, compose, replay, shrink
+from niwaki.removed import Removed, compose, replay
+from niwaki.structured.removal import Smaller, shrink
 
 __all__ = ["Removed", "Smaller", "compose", "replay", "shrink"]

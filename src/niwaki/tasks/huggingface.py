@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import InputError
+from niwaki.structured import pretrained
 from niwaki.tasks.protocol import Data, Examples, Model, Task, Training
 from niwaki.tasks.tokens import TextTask
 
@@ -63,6 +64,25 @@ def adapt(task: Task, path: str | Path) -> Task:
         logits=_logits,
         code=source.code(),
     )
+
+
+def save(model: nn.Module, folder: Path, example: tuple[Any, ...], name: str) -> None:
+    """Write a model that became smaller into a folder that the library, or ``hf:FOLDER``, loads, with the tokenizer that it came with.
+
+    Args:
+        model: as the task ``adapt`` returned built it.
+        folder: to be written.
+        example: of its inputs, on which the loaded model is compared.
+        name: of the model, ``hf:PATH`` for one that came from there.
+
+    Raises:
+        InputError: no configuration says its sizes; nothing is written.
+    """
+    transformers, (kind, _, path) = _transformers(name), name.partition(":")
+    with _quiet(transformers):
+        pretrained.save(model, folder, example)
+        if kind == "hf" and _has_tokenizer(source := Path(path)):
+            transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ class _Source:
         if whole and not weights and pickle is not None:
             raise InputError(f"--model {name}: its weights are a pickle ({pickle}), which is not read; save them as model.safetensors")
         tokenizer = None
-        if whole and any((path / file).is_file() for file in _TOKENIZERS):
+        if _has_tokenizer(path):
             with _quiet(transformers), _complaining(name, "its tokenizer cannot be read"):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         return cls(name, task, path, config, classes[type(config)], None if tokenizer is None else _wrap(tokenizer), weights)
@@ -234,6 +254,10 @@ class _Attended:
     def __getitem__(self, indices: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         tokens, targets = self.examples[indices]
         return (tokens, (tokens != self.padding).to(tokens.dtype)), targets
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return path.is_dir() and any((path / file).is_file() for file in _TOKENIZERS)
 
 
 def _wrap(tokenizer: Any) -> _Tokenizer:

@@ -70,6 +70,7 @@ class Job:
                     total_steps=max(steps, 1),
                     steps_per_epoch=self.steps_per_epoch,
                     tokens_per_step=trainer.clock.tokens_per_step,
+                    example=trainer.example,
                 ),
             )
             for leaf, steps in zip(trainer.leaves, trainer.lengths, strict=True)

@@ -14,9 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from niwaki.errors import InputError
 from niwaki.formats.files import replacing
+from niwaki.removed import Removed
 from niwaki.tasks import Training
 
-SCHEMA = "niwaki.run/2"
+SCHEMA = "niwaki.run/3"
+
+CHOICES = "niwaki.run/2"
+"""Goes into the identity of a run: it changes when equal choices no longer mean an equal run, not with every schema."""
 FILE = "run.json"
 MODEL_FILE = "model.safetensors"
 
@@ -204,7 +208,7 @@ class Choices(_Part):
 
     def _hash(self, exclude: Any) -> str:
         text = json.dumps(self.model_dump(mode="json", exclude=exclude), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(f"{SCHEMA}\n{text}".encode()).hexdigest()
+        return hashlib.sha256(f"{CHOICES}\n{text}".encode()).hexdigest()
 
 
 class Stored(_Part):
@@ -229,7 +233,7 @@ class Results(_Part):
         sparse_history: the sparse model, epoch by epoch.
         stages: what was done, one after the other.
         masks_hash: of the final masks.
-        removed: what ``finish: shrink`` took out: tensor name -> dimension (as text) -> indices that were kept; empty otherwise.
+        removed: what ``finish: shrink`` took out, as ``niwaki.structured.replay`` takes it; empty otherwise.
         notes: sentences from the sparsifier.
         model: the sparse model's file.
     """
@@ -244,7 +248,7 @@ class Results(_Part):
     sparse_history: list[Epoch]
     stages: list[Stage]
     masks_hash: str
-    removed: dict[str, dict[str, list[int]]] = Field(default_factory=dict)
+    removed: Removed = Field(default_factory=Removed)
     notes: list[str]
     model: Stored
 
@@ -287,6 +291,10 @@ def read(folder: Path) -> Record:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({_first_line(error)}); give the --out folder of a finished niwaki run") from None
     found = data.get("schema") if isinstance(data, dict) else None
+    if found == "niwaki.run/2":  # told removed tensors alone
+        data["schema"] = found = SCHEMA
+        if isinstance(data.get("results"), dict):
+            data["results"]["removed"] = {"tensors": data["results"].get("removed", {})}
     if found != SCHEMA:
         raise InputError(f"{path}: its schema is {found!r}, this version reads {SCHEMA!r}")
     try:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from niwaki.errors import NiwakiError
+from niwaki.errors import InputError, NiwakiError
 from niwaki.formats import load, save
 from niwaki.masks import canonical_name
 from niwaki.measurement import Measurement, measure
 from niwaki.metrics import training_flops
 from niwaki.metrics.sizes import dense_bytes
-from niwaki.structured import replay
-from niwaki.tasks import Data, Task
+from niwaki.structured.pretrained import is_pretrained
+from niwaki.tasks import Data, Task, huggingface
 from niwaki.training.baseline import Baseline
 from niwaki.training.folder import sha256
 from niwaki.training.loop import Evaluation, on, targets
 from niwaki.training.record import MODEL_FILE, Class, Layer, Measure, Predictions, Results, Storage, Stored
 from niwaki.training.state import Trained
 from niwaki.training.trainer import Trainer
+
+PRETRAINED = "pretrained"
+"""Folder of a run for a Hugging Face model that became smaller."""
 
 TIME = "wall time of the training with an evaluation after each epoch, over all sittings; varies"
 
@@ -36,7 +40,7 @@ def results(
         trained: what its training left.
         dense: the trained dense model.
         baseline: what is known of its training; None when there was none.
-        plain: a model with other weights, for the file to be loaded into.
+        plain: a model of the original shape with other weights, for the file to be loaded into.
         start: the model with the weights that the run started from, or None.
         folder: of the run.
 
@@ -45,7 +49,7 @@ def results(
     """
     task, data, sparse, masks = trainer.task, trainer.data, trainer.model, trained.masks
     path = folder / MODEL_FILE
-    save(sparse, path, masks=masks)
+    save(sparse, path, masks=masks, removed=trained.removed)
     with_classes = bool(data.classes)
     before, found = (trainer.evaluate(model, with_classes) for model in (dense, sparse))
     _check_stored(path, plain, trainer, trained, found)
@@ -81,18 +85,29 @@ def results(
         stages=trained.stages,
         masks_hash=masks.hash(),
         removed=trained.removed,
-        notes=trained.notes,
+        notes=[*trained.notes, *_pretrained(trainer, trained, example, folder)],
         model=Stored(file=path.name, bytes=path.stat().st_size, sha256=sha256(path)),
     )
 
 
 def _check_stored(path: Path, plain: nn.Module, trainer: Trainer, trained: Trained, found: Evaluation) -> None:
     """Load the file into a model with other weights, and require the same masks and metrics."""
-    replay(plain, trained.removed)
     loaded = load(path, model=plain)
     again = trainer.evaluate(plain).metrics
     if loaded.masks != trained.masks or again != found.metrics:
         raise NiwakiError(f"{path}: the reloaded model differs from the trained one: {again} instead of {found.metrics}")
+
+
+def _pretrained(trainer: Trainer, trained: Trained, example: tuple[Any, ...], folder: Path) -> list[str]:
+    """Write a Hugging Face model from which something was removed as the library does; return what became of it, in a sentence."""
+    if not (trained.removed and is_pretrained(trainer.model)):
+        return []
+    name, _ = trainer.task.model()
+    try:
+        huggingface.save(trainer.model, folder / PRETRAINED, example, name)
+    except InputError as error:
+        return [f"no folder {PRETRAINED}/ for from_pretrained was written: {error}"]
+    return [f"{PRETRAINED}/ has the smaller model for from_pretrained"]
 
 
 def _quality(task: Task, data: Data, dense: Evaluation, sparse: Evaluation) -> list[Measure]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from niwaki.errors import NiwakiError
 from niwaki.masks import Masks
+from niwaki.removed import Removed
 from niwaki.training.record import Epoch, Stage
 
 
@@ -33,7 +34,7 @@ class Trained:
     history: list[Epoch]
     stages: list[Stage]
     masks: Masks
-    removed: dict[str, dict[str, list[int]]]
+    removed: Removed
     notes: list[str]
     seconds: float
     flops_multiplier: float

@@ -23,12 +23,14 @@ from niwaki.gradient import Superset
 from niwaki.masks import Masks
 from niwaki.metrics.flops import forward_flops
 from niwaki.metrics.training_flops import active_flops, step_flops
+from niwaki.penalty import GroupLasso
 from niwaki.prune import pruned
 from niwaki.ranks import mean
-from niwaki.recipe import Recipe
+from niwaki.recipe import Prune, Recipe
 from niwaki.recipe.stages import Leaf, StageRecipe, unroll
 from niwaki.sparsifier import Sparsifier
-from niwaki.structured import compose, replay, shrink
+from niwaki.statistics import NEEDS_DATA, asking
+from niwaki.structured import Removed, compose, replay, shrink
 from niwaki.tasks import Data, Task, Training
 from niwaki.training import processes
 from niwaki.training.loop import (
@@ -93,7 +95,8 @@ class Trainer:
         self.now = Counters(horizon=run)
         self.masks = Masks()
         self.snapshots: dict[str, dict[str, Any]] = {}
-        self.removed: dict[str, dict[str, list[int]]] = {}
+        self.strengths: dict[str, float] = {}  # of penalties by their ratio to the loss: of all stages that share one, the first finds it
+        self.removed = Removed()
         self.losses: list[Tensor] = []
         self.history: list[Epoch] = []
         self.stages: list[Stage] = []
@@ -185,8 +188,8 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._begin_average()
         self.sparsifier: Sparsifier | None = None
-        example = on(self.device, tuple(self.task.example(self.data)))
-        self._flops = forward_flops(self.model, example)
+        self.example = on(self.device, tuple(self.task.example(self.data)))
+        self._flops = forward_flops(self.model, self.example)
         self._step_flops: tuple[float, float] | None = None
 
     def _begin_average(self) -> None:
@@ -348,25 +351,34 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
         if leaf.acts or self.masks:
+            recipe = self._with_strength(leaf.recipe)
             self.sparsifier = Sparsifier(
                 self.model,
-                leaf.recipe,
+                recipe,
                 masks=self.masks or None,
                 total_steps=max(length, 1),
                 steps_per_epoch=self.steps_per_epoch,
                 tokens_per_step=self.clock.tokens_per_step,
                 seed=self.seed,
-                data=self._statistics(leaf.recipe.saliency.needs | leaf.recipe.normalization.needs | leaf.recipe.growth.needs),
+                data=self._statistics(recipe),
                 loss=self.task.loss,
+                example=self.example,
             )
             self.sparsifier.on_masks_changed(self._masks_changed)
             self.sparsifier.attach(self.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._step_flops = None
 
-    def _statistics(self, needs: frozenset[str]) -> list[tuple[Any, Any]] | None:
+    def _with_strength(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the strength that an earlier stage has found for the same penalty, if one has."""
+        penalty, strength = recipe.penalty, self.strengths.get(str(recipe.penalty))
+        if strength is None or not isinstance(penalty, GroupLasso):
+            return recipe
+        return recipe.model_copy(update={"penalty": penalty.with_strength(strength)})
+
+    def _statistics(self, recipe: Recipe | Prune) -> list[tuple[Any, Any]] | None:
         """Return a few batches for components that need what can only be seen on data, and None for others."""
-        if not needs & {"gradient", "flops"}:
+        if not any(component.needs & {"gradient", *NEEDS_DATA} for component in asking(recipe)):
             return None
         found = islice(batches(self.data.train, self.training.batch_size, self.seed, epoch=0), STATISTICS_BATCHES)
         return [(on(self.device, inputs), on(self.device, targets)) for inputs, targets in found]
@@ -375,11 +387,22 @@ class Trainer:
         if self.sparsifier is not None:
             self.sparsifier.finalize()
             self.notes += self.sparsifier.notes
+            if self.sparsifier.strength is not None:
+                self.strengths[str(leaf.recipe.penalty)] = self.sparsifier.strength
         self.masks, self.sparsifier = self._current_masks(), None
         self._drop_own_groups()
         if leaf.prune is not None:
-            data = self._statistics(leaf.prune.saliency.needs | leaf.prune.normalization.needs)
-            sparsifier = pruned(self.model, leaf.prune, self.masks, seed=self.seed, step=self.now.step, data=data, loss=self.task.loss)
+            data = self._statistics(leaf.prune)
+            sparsifier = pruned(
+                self.model,
+                leaf.prune,
+                self.masks,
+                seed=self.seed,
+                step=self.now.step,
+                data=data,
+                loss=self.task.loss,
+                example=self.example,
+            )
             self.masks = sparsifier.masks
             self.notes += sparsifier.notes
         if leaf.save is not None:
@@ -421,16 +444,21 @@ class Trainer:
 
     def _shrink(self) -> None:
         self._settle_average()  # the next average begins with the smaller model
-        example = on(self.device, tuple(self.task.example(self.data)))
-        smaller = shrink(self.model, self.masks, example)
-        replay(self.model, smaller.removed)
-        self.model.load_state_dict(smaller.model.state_dict())
+        try:
+            smaller = shrink(self.model, self.masks, self.example, optimizer=self.optimizer, in_place=True)
+        except NiwakiError as error:  # hours of training end here: the masked model is what there is
+            self.notes.append(f"finish: shrink removed nothing: {error}")
+            return
+        self.notes += smaller.notes
+        if not smaller.removed:
+            self.notes.append("finish: shrink removed nothing")
+            return
         self.removed = compose(self.removed, smaller.removed)
         self.masks = smaller.masks
-        self.notes += smaller.notes
-        self.notes.append("finish: shrink made the model smaller; the optimizer starts afresh, and earlier snapshots no longer fit")
+        self.notes.append("finish: shrink made the model smaller; earlier snapshots no longer fit")
         self.snapshots, self._before = {}, Masks()
-        self._take_model()
+        self._begin_average()
+        self._flops = forward_flops(self.model, self.example)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -438,7 +466,7 @@ class Trainer:
         """Return everything that another trainer of the same settings needs to go on from here."""
         return {
             "counters": dict(vars(self.now)),
-            "removed": self.removed,
+            "removed": self.removed.model_dump(),
             "model": self.model.state_dict(),
             "buffers": other_buffers(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -448,6 +476,7 @@ class Trainer:
             "before": dict(self._before),
             "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
             "snapshots": self.snapshots,
+            "strengths": self.strengths,
             "losses": [float(loss) for loss in self.losses],
             "history": [epoch.model_dump(mode="json") for epoch in self.history],
             "stages": [stage.model_dump(mode="json") for stage in self.stages],
@@ -457,11 +486,12 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a state of a trainer with the same settings, in place of a fresh beginning."""
         self.now = Counters(**state["counters"])
-        if state["removed"]:
-            self.removed = state["removed"]
+        self.removed = Removed.of(state["removed"])
+        if self.removed:
             replay(self.model, self.removed)
             self._take_model()
         self.masks = Masks(state["masks"]).to(self.device)
+        self.strengths = state["strengths"]
         if self.now.entered:
             self._attach(self.leaves[self.now.leaf], self.lengths[self.now.leaf])
         self.model.load_state_dict(state["model"])

@@ -1,86 +1,24 @@
-"""In what pieces weights are masked: from single elements to whole channels.
-
-Every granularity is a block: how far one piece reaches along each dimension of the layout's view. The view is padded to whole blocks
-and split, so that a sum over the pieces and the way back from pieces to elements are the same few lines for all of them. Pieces are
-numbered row-major in the weight's own dimension order.
-"""
+"""Pieces of one tensor: single weights, N:M patterns, blocks, vectors, kernels, and the channels of that tensor alone."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from niwaki.component import REGISTRY, Component, construct
+from niwaki.component import construct
 from niwaki.errors import InputError
+from niwaki.granularity.base import Granularity, join, split
 from niwaki.layout import Layout
 
 Remainder = Literal["error", "pad", "skip"]
 """What to do with a dimension that the pieces do not divide: refuse, let the last piece be smaller, or leave the tensor dense."""
 
 Role = Literal["stack", "group", "output", "input", "kernel"]
-
-
-class Granularity(Component):
-    """In what pieces a weight is masked."""
-
-    slot = "granularity"
-
-    @classmethod
-    def from_text(cls, text: str) -> Self | None:
-        """Read the shorthands ``2:4`` (N:M along the inputs) and ``4x1`` (a block of 4 outputs by 1 input); None for other texts."""
-        match = re.fullmatch(r"\s*(\d+)\s*([:x])\s*(\d+)\s*", text)
-        if match is None:
-            return None
-        kind, first, second = (PatternNM, "n", "m") if match[2] == ":" else (Block, "rows", "columns")
-        found = construct(kind, {first: match[1], second: match[3]}, f"granularity {text!r}")
-        return found  # type: ignore[return-value]  # another class of the slot than the one that was asked
-
-    @property
-    def sparsity(self) -> float | None:
-        """The sparsity that the granularity itself fixes (N:M: ``1 - N / M``), or None."""
-        return None
-
-    def block(self, layout: Layout) -> tuple[int, ...]:
-        """Return the size of a whole piece along each dimension of the layout's view."""
-        raise NotImplementedError
-
-    def grid(self, layout: Layout) -> tuple[int, ...]:
-        """Return how many pieces there are along each dimension of the layout's view; a smaller last piece counts."""
-        return tuple(-(-size // length) for size, length in zip(layout.shape, self.block(layout), strict=True))
-
-    def check(self, layout: Layout, name: str) -> bool:
-        """Return whether the tensor can be masked in these pieces; False when it must stay dense (``remainder: skip``).
-
-        Raises:
-            InputError: the pieces do not divide a dimension, and ``remainder`` is ``error``.
-        """
-        return True
-
-    def reduce(self, values: Tensor, layout: Layout) -> Tensor:
-        """Return the sum of ``values`` (one for each element) over each piece.
-
-        Shape ``grid(layout)`` and float64, in which the sum is also taken; where pieces are single elements, ``values`` itself.
-        """
-        block = self.block(layout)
-        if prod(block) == 1:
-            return values
-        return _split(values, layout.shape, block).sum(dim=tuple(range(1, 2 * len(block), 2)), dtype=torch.float64)
-
-    def expand(self, keep: Tensor, layout: Layout) -> Tensor:
-        """Return the elements of the pieces in ``keep`` (shape ``grid(layout)``): bool, contiguous, shape ``layout.shape``."""
-        block, grid = self.block(layout), self.grid(layout)
-        paired = keep.reshape([size for pieces in grid for size in (pieces, 1)])
-        return _join(paired.expand([size for pair in zip(grid, block, strict=True) for size in pair]), layout.shape)
-
-    def protected(self, scores: Tensor, layout: Layout) -> Tensor | None:
-        """Return which elements are among the N best of their group of M (bool, shape ``layout.shape``); None for all but N:M."""
-        return None
 
 
 class Element(Granularity):
@@ -104,6 +42,16 @@ class Divided(Granularity):
     """Pieces of a given length, which may fail to divide a dimension. A base class, itself not registered."""
 
     remainder: Remainder = "error"
+
+    @classmethod
+    def from_text(cls, text: str) -> Self | None:
+        """Read the shorthands ``2:4`` (N:M along the inputs) and ``4x1`` (a block of 4 outputs by 1 input); None for other texts."""
+        match = re.fullmatch(r"\s*(\d+)\s*([:x])\s*(\d+)\s*", text)
+        if match is None:
+            return None
+        kind, first, second = (PatternNM, "n", "m") if match[2] == ":" else (Block, "rows", "columns")
+        found = construct(kind, {first: match[1], second: match[3]}, f"granularity {text!r}")
+        return found  # type: ignore[return-value]  # another class of the slot than the one that was asked
 
     def lengths(self) -> Mapping[str, int | None]:
         """Return how far a piece reaches along the last dimension of each role; None: all the way. Roles left out: 1."""
@@ -192,11 +140,11 @@ class PatternNM(Divided):
         block = _along(view, self.lengths())
         at = _last(view, self.dimension)
         # Adding +0.0 turns -0.0 into +0.0, which sorting by bits would tell apart.
-        groups = _split(scores.to(torch.float64) + 0.0, view.shape, block, -torch.inf)
+        groups = split(scores.to(torch.float64) + 0.0, view.shape, block, -torch.inf)
         axis = 1 if at is None else 2 * at + 1
         best = groups.argsort(dim=axis, descending=True, stable=True).narrow(axis, 0, min(self.n, groups.shape[axis]))
         kept = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device).scatter_(axis, best, True)
-        return _join(kept, view.shape).reshape(layout.shape)
+        return join(kept, view.shape).reshape(layout.shape)
 
 
 class Block(Divided):
@@ -303,10 +251,6 @@ class InputChannel(Granularity):
         return _whole(layout, "output", "kernel", *_shared(layout))
 
 
-# The field's other names for the same thing.
-REGISTRY["granularity"].update(filter=OutputChannel, channel=OutputChannel)
-
-
 def _shared(layout: Layout) -> tuple[str, ...]:
     return ("stack",) if layout.shared_stack else ()
 
@@ -337,18 +281,3 @@ def _one_kernel_dimension(layout: Layout) -> Layout:
         return layout
     before = len(layout.shape) - len(layout.kernel)
     return replace(layout, roles=(*layout.roles[:before], "kernel"), shape=(*layout.shape[:before], prod(layout.kernel)))
-
-
-def _split(values: Tensor, shape: Sequence[int], block: Sequence[int], fill: float = 0.0) -> Tensor:
-    """Pad to whole blocks and split every dimension: shape ``[pieces, block]`` for each dimension in turn."""
-    view = values.reshape(tuple(shape))
-    padding = [n for size, length in zip(reversed(shape), reversed(block), strict=True) for n in (0, -size % length)]
-    if any(padding):
-        view = F.pad(view, padding, value=fill)
-    return view.reshape([n for size, length in zip(view.shape, block, strict=True) for n in (size // length, length)])
-
-
-def _join(split: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo ``_split``: merge the pairs of dimensions and cut the padding off."""
-    padded = split.reshape([split.shape[i] * split.shape[i + 1] for i in range(0, split.dim(), 2)])
-    return padded[tuple(slice(size) for size in shape)].contiguous()

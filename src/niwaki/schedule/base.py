@@ -1,0 +1,66 @@
+"""What a schedule is: an answer to one question before every optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from niwaki.clock import Clock, Time
+from niwaki.component import Component
+from niwaki.errors import InputError
+
+BEGIN = Time(0.0, "run")
+END = Time(0.75, "run")
+EVERY = Time(100.0, "steps")
+
+
+class Schedule(Component):
+    """Base of the slot ``schedule``."""
+
+    slot = "schedule"
+
+    def at(self, step: int, sparsity: float, clock: Clock) -> float | None:
+        """Return the sparsity that masks must have from ``step`` on, or None when they are not updated before that step.
+
+        Args:
+            step: number of optimizer steps taken so far.
+            sparsity: the recipe's sparsity, in [0, 1).
+            clock: the lengths of the run, as passed to ``validate_with``.
+        """
+        raise NotImplementedError
+
+    def last(self, clock: Clock) -> int:
+        """Return the last step before which masks are updated."""
+        raise NotImplementedError
+
+    def final(self, sparsity: float | None) -> float | None:
+        """Return the sparsity of the last update, given the recipe's (None when the recipe has none)."""
+        return sparsity
+
+    def validate_with(self, clock: Clock) -> None:
+        """Check the times against the run.
+
+        Raises:
+            InputError: a unit that the clock cannot resolve, an end that is not after the begin, an interval of zero.
+        """
+        self.last(clock)
+
+    @property
+    def candidates(self) -> int:
+        """How many of the last selections it looks at before it lets one act; 0 where each acts at once."""
+        return 0
+
+    def accepts(self, candidates: Sequence[Tensor]) -> bool:
+        """Return whether the last of these selections is to act: each a flat bool tensor of all pieces, True where kept."""
+        return True
+
+    def _check_span(self, begin: Time, end: Time, clock: Clock) -> None:
+        if clock.steps(end) <= clock.steps(begin):
+            raise InputError(
+                f"schedule.{self.name}: end ({end} = step {clock.steps(end)}) must come after begin ({begin} = step {clock.steps(begin)})"
+            )
+
+    def _check_every(self, every: Time, clock: Clock) -> None:
+        if clock.interval(every) < 1:
+            raise InputError(f"schedule.{self.name}.every: must be longer than zero, got {every}")
