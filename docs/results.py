@@ -1,8 +1,9 @@
-"""Tables of measured results, from the run.json files in results/: for the pages, and for the README.
+"""Tables of measured results, from the files in results/: for the pages, and for the README.
 
 ``python docs/results.py`` writes them into README.md, between the markers, and draws the picture; a test checks that both are up to date.
 """
 
+import json
 import re
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,13 +14,36 @@ from niwaki.report.groups import Labelled, families
 from niwaki.training.record import read
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKER = re.compile(r"<!-- results: (?P<folder>\S+) -->\n.*?<!-- end -->", re.DOTALL)
+MARKER = re.compile(r"(<!-- results: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
+STRUCTURED = re.compile(r"(<!-- structured: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
 COLUMNS = (("file size", "file"), ("forward FLOPs", "FLOPs of a forward pass"), ("training FLOPs", "training FLOPs"))
 
 
 def fill(markdown: str) -> str:
-    """Return a page with every ``<!-- results: FOLDER --> ... <!-- end -->`` filled with the table of that folder in results/."""
-    return MARKER.sub(lambda found: f"<!-- results: {found['folder']} -->\n\n{table(found['folder'])}\n\n<!-- end -->", markdown)
+    """Return a page with every ``<!-- results: FOLDER --> ... <!-- end -->`` filled with the table of that folder in results/.
+
+    ``<!-- structured: NAME -->`` is filled with what ``niwaki bench structured`` wrote into results/structured/NAME.json.
+    """
+    markdown = STRUCTURED.sub(lambda found: _filled(found[1], structured(found[2])), markdown)
+    return MARKER.sub(lambda found: _filled(found[1], table(found[2])), markdown)
+
+
+def _filled(marker: str, content: str) -> str:
+    return f"{marker}\n\n{content}\n\n<!-- end -->"
+
+
+def structured(name: str) -> str:
+    """Return one line for each case of a structured benchmark, the best accuracy of a network first."""
+    rows = json.loads((ROOT / "results" / "structured" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    heads = ["network", "criterion", "by", "widths", "FLOPs", "parameters", "latency, 1 image", "128 images", "dense", "cut", "fine-tuned"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in sorted(rows, key=lambda row: (row["network"], -row["accuracy"])):
+        ratios = [row["flops_ratio"], row["parameters_ratio"], row["latency_ratio_1"], row["latency_ratio_128"]]
+        shares = [row["accuracy_dense"], row["accuracy_before"], row["accuracy"]]
+        cells = [row["network"], row["criterion"], row["by"], row["allocation"]]
+        cells += [*(f"{ratio:.2f}×" for ratio in ratios), *(f"{100 * share:.2f} %" for share in shares)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def table(folder: str) -> str:

@@ -200,7 +200,7 @@ def test_two_in_a_row_are_one_also_with_blocks():
         ({"attributes": {"0.in_features": 0}}, "attributes: '0.in_features' is 3 in this Sequential, and 0 cannot take its place"),
         ({"layers": {"blocks": [0]}}, "removed: this Sequential has no ModuleList or Sequential 'blocks'"),
         ({"layers": {"": [0, 3]}}, "removed: '' has 3 blocks, and index 3 is to be kept"),
-        ({"channels": {}}, "removed: channels: Extra inputs are not permitted"),
+        ({"channels": {}}, "removed.channels: Extra inputs are not permitted"),
     ],
 )
 def test_a_removal_of_another_model_is_refused_and_changes_nothing(removed, said):

@@ -60,7 +60,8 @@ class Removed(BaseModel):
             return cls.model_validate(dict(data))
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            raise InputError(f"removed: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+            where = ".".join(["removed", *map(str, problem["loc"])])
+            raise InputError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
 
     def in_words(self) -> list[str]:
         """Return a sentence for people about each dimension, number and row of blocks.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from cli.driving import TASK
 
 from niwaki.catalogue import METHODS
@@ -268,6 +269,15 @@ def test_a_trained_model_is_pruned_at_once(niwaki_command, trained, tmp_path):
     assert record.measure("sparsity of the targets").sparse == 0.75
     assert record.measure("training FLOPs").dense is None
     assert not (tmp_path / ".baselines").exists()
+
+
+def test_of_a_method_with_stages_the_one_that_says_a_sparsity_prunes(niwaki_command, trained, tmp_path):
+    given = ("prune", "filter_l1", "--task", "digits", "--from", trained, "--sparsity", "0.5")
+    outcome = niwaki_command(*given, "--out", tmp_path / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    masks = load(tmp_path / "run" / "model.safetensors").masks
+    assert int(masks["3.weight"].any(dim=1).sum()) == 50  # of 100 units
+    assert torch.equal(masks["3.bias"], masks["5.weight"].any(dim=0))
 
 
 def test_pruning_in_rounds_with_fine_tuning(niwaki_command, trained, tmp_path):

@@ -50,3 +50,14 @@ def test_a_table_says_what_the_records_say():
 def test_the_picture_is_drawn_from_the_committed_runs():
     module = results_module()
     assert (ROOT / "docs" / "occams_hill.svg").read_text(encoding="utf-8") == module.picture("digits_occams_hill")
+
+
+def test_the_structured_table_has_every_case():
+    """Counted and computed again from the plain JSON."""
+    page = results_module().fill((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    rows = json.loads((ROOT / "results" / "structured" / "cifar10.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        start = f"| {row['network']} | {row['criterion']} | {row['by']} | {row['allocation']} | {row['flops_ratio']:.2f}× |"
+        [line] = [line for line in page.splitlines() if line.startswith(start)]
+        assert line.endswith(f"| {100 * row['accuracy']:.2f} % |")
+    assert page.count("| niwaki | uniform |") == sum(row["by"] == "niwaki" for row in rows)

@@ -6,7 +6,7 @@ from niwaki.clock import Clock, Time
 from niwaki.errors import InputError
 from niwaki.objective import Distillation
 from niwaki.recipe import Recipe
-from niwaki.recipe.stages import StageRecipe, fit, sparsity_after, unroll
+from niwaki.recipe.stages import StageRecipe, fit, once, sparsity_after, unroll
 from niwaki.selection import kept
 
 TICKET = """
@@ -141,3 +141,24 @@ def test_rounds_of_a_fraction_keep_exact_numbers(fraction, pieces):
         active = kept(sparsity, pieces)
         assert active == expected
         assert 0.0 <= sparsity < 1.0
+
+
+def test_what_a_recipe_masks_can_be_masked_at_once():
+    gradual = Recipe(sparsity=0.9, allocation="global", schedule={"cubic": {"every": "10 steps", "end": "1 run"}}, growth="all")
+    assert once(gradual) == Recipe(sparsity=0.9, allocation="global", schedule="one_shot")
+    staged = Recipe.from_yaml("{stages: [{for: 1 run}, {repeat: 2, stages: [{sparsity: 0.5, granularity: channel, finish: shrink}]}]}")
+    assert once(staged) == Recipe(sparsity=0.5, granularity="channel", schedule="one_shot")
+    assert once(Recipe(granularity="2:4")).final_sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (Recipe.from_yaml(TICKET), "none of them say a sparsity"),
+        (Recipe(stages=[{"sparsity": 0.5}, {"sparsity": 0.75}]), "2 of them say a sparsity"),
+        (Recipe(relaxation="soft_threshold"), "sparsity: missing"),
+    ],
+)
+def test_what_says_no_single_sparsity_cannot(recipe, said):
+    with pytest.raises(InputError, match=said):
+        once(recipe)

@@ -352,6 +352,13 @@ def test_a_size_in_the_models_own_code_keeps_its_group_and_the_others_go():
     assert note == "0.first: 1 masked unit was not removed: it is excluded"
 
 
+def test_a_bias_that_took_constants_over_gives_them_back_when_their_group_stays():
+    model = randomized(Odd(Call(lambda x: x.view(-1, 8))))
+    smaller = check(model, outputs_masked(model, {"first.weight": [3]}), images(3, 4))
+    assert not smaller.removed
+    assert torch.equal(smaller.model.last.bias, model.last.bias)
+
+
 class Many(nn.Module):
     """A layer used twice, two layers with one weight, and a grouped convolution."""
 

@@ -40,10 +40,16 @@ def prune(method: str, rounds: int, as_json: bool, **options: Any) -> None:
     pruned at once before the fine-tuning, or in --rounds during it.
     """
     from niwaki import catalogue
+    from niwaki.recipe.stages import once
 
     if catalogue.find(method).stages is not None:
-        raise InputError(f"prune: {method} has stages, which are for niwaki run; choose a method without")
+        try:
+            once(catalogue.find(method))
+        except InputError as error:
+            raise InputError(f"prune: {method} has stages, which are for niwaki run ({error}); choose a method without") from None
     recipe = catalogue.find(method, options["sparsity"])
+    if recipe.stages is not None:
+        recipe = once(recipe)
     if recipe.final_sparsity is None:
         raise InputError(f"prune: {method} does not rank weights to a given sparsity; choose a method that does, such as magnitude")
     if rounds == 1 and "score" in recipe.saliency.needs:

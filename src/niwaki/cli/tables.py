@@ -298,7 +298,7 @@ def _about(record: Record, what: bool = True, seeds: Sequence[int] = ()) -> str:
         return f"{named}{seed}{start} · dense: as it is; sparse: {tuned}"
     history = record.results.sparse_history if record.results is not None else []
     as_long = not history or history[-1].epoch == choices.training.epochs
-    return f"{named}{seed}{start} · {epochs} dense, and {'the same' if as_long else f'{history[-1].epoch:g}'} sparse"
+    return f"{named}{seed}{start} · {epochs} dense, and {'the same' if as_long else f'{history[-1].epoch:.3g}'} sparse"
 
 
 def _defined(names: Iterable[tuple[str, str]]) -> RenderableType:

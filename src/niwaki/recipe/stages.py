@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -105,6 +105,35 @@ def then_shrink(recipe: Recipe) -> Recipe:
         slots = {field: getattr(recipe, field) for field in recipe.given}
         return Recipe(stages=(Stage(**{"for": "1 run"}, **slots), last))
     return recipe if recipe.stages[-1].finish == "shrink" else recipe.replace(stages=(*recipe.stages, last))
+
+
+def once(recipe: Recipe) -> Recipe:
+    """Return a recipe that masks at one moment what a recipe masks in the end: by the same scores, in the same pieces, without growth.
+
+    Of one with stages, those of the only stage that says a sparsity count.
+
+    Raises:
+        InputError: the recipe says no sparsity, or several stages do.
+
+    >>> staged = Recipe(saliency="random", stages=[{"for": "1 run"}, {"sparsity": 0.5, "granularity": "channel", "finish": "shrink"}])
+    >>> print(once(staged).to_yaml(), end="")
+    {sparsity: 0.5, granularity: channel, saliency: random, schedule: one_shot}
+    """
+    said: Slots = recipe
+    if recipe.stages is not None:
+        around = {field: getattr(recipe, field) for field in recipe.given - {"stages"}}
+        saying = [leaf for leaf in _leaves(recipe.stages) if leaf.final_sparsity is not None]
+        if len(saying) != 1:
+            raise InputError(f"stages: {len(saying) or 'none'} of them say a sparsity, and to mask at once one has to")
+        said = saying[0].filled(around)
+    if said.final_sparsity is None:
+        raise InputError("sparsity: missing; to mask at once, say how much")
+    kept = ("sparsity", "target", "granularity", "saliency", "normalization", "allocation", "selection")
+    return Recipe(**{field: getattr(said, field) for field in kept if field in said.given}, schedule="one_shot")
+
+
+def _leaves(stages: Sequence[Stage]) -> list[Stage]:
+    return [leaf for stage in stages for leaf in ([stage] if stage.stages is None else _leaves(stage.stages))]
 
 
 def fit(recipe: Recipe, clock: Clock) -> list[str]:

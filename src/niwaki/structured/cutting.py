@@ -484,13 +484,6 @@ class Removal:
             set_attribute(self.model, path, value)
         self.removed = compose(self.removed, Removed(attributes=dict(told)))
 
-    def _candidates(self, change: numbers.Change, names: Iterable[str]) -> list[numbers.Candidate]:
-        """Return the numbers that may follow, without those that the user told."""
-        told = {(id(owner), name) for owner, name in (resolve(self.model, path) for path in self._told())}
-        found = numbers.candidates(self.model, change, names)
-        owner_and_name = ((candidate, resolve(self.model, candidate.path)) for candidate in found)
-        return [candidate for candidate, (owner, name) in owner_and_name if (id(owner), name) not in told]
-
     def _accept(self, found: Sequence[numbers.Candidate], chosen: frozenset[numbers.Key]) -> None:
         """Set the numbers that were chosen, for good."""
         numbers.choose(self.model, found, chosen)
@@ -499,7 +492,7 @@ class Removal:
 
     def _assume(self, change: numbers.Change) -> None:
         """Let the numbers follow that did for a group like this one, or else those that probably have to."""
-        found = self._candidates(change, numbers.holders(change))
+        found = numbers.candidates(self.model, change, numbers.holders(change))
         self._accept(found, self._start(change, found, ALONE))
 
     def _start(self, change: numbers.Change, found: Sequence[numbers.Candidate], level: int) -> frozenset[numbers.Key]:
@@ -514,7 +507,7 @@ class Removal:
         """
         mine = {id(owner) for owner in numbers.owners(self.model, names).values()}
         self._set_told({path: value for path, value in self._told().items() if id(resolve(self.model, path)[0]) in mine})
-        found = self._candidates(change, names)
+        found = numbers.candidates(self.model, change, names)
         key = change.kind, frozenset(candidate.key for candidate in found), level
         hopeless = key in self._known and self._known[key] is None
         for chosen in islice(numbers.attempts(found, self._start(change, found, level)), 1 if hopeless else numbers.TRIALS):
@@ -529,7 +522,7 @@ class Removal:
 
     def _unsettled(self, group: Units, change: numbers.Change, names: set[str]) -> str:
         """Return what is wrong however numbers are set, and what to do about it."""
-        tried = ", ".join(f"{one.path}={one.new}" for one in self._candidates(change, names)[:3]) or "none has such a value"
+        tried = ", ".join(f"{one.path}={one.new}" for one in numbers.candidates(self.model, change, names)[:3]) or "none has such a value"
         own = "; ".join(numbers.numbers(self.model, names)) or "the modules have none"
         return (
             f"with {change.units[1]} of {change.units[0]} the model computes something else ({self._wrong()}), whatever numbers follow"

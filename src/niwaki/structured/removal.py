@@ -17,6 +17,7 @@ from niwaki.dependency import Example, Group, find_groups
 from niwaki.errors import InputError, did_you_mean
 from niwaki.masks import Masks, is_sharded
 from niwaki.recipe import Recipe
+from niwaki.recipe.stages import once
 from niwaki.removed import Removed, is_container, named_tensors, replay, resolve
 from niwaki.sparsifier import Sparsifier
 from niwaki.structured import pretrained
@@ -83,7 +84,7 @@ def shrink(
     Args:
         model: stays as it is, unless ``in_place``.
         recipe_or_masks: masks (True = active; masked weights count as zero whatever they hold, and a weight without a mask is active), or
-            a recipe that masks once, such as ``niwaki.method("filter_l1", sparsity=0.5)``.
+            a recipe, such as ``niwaki.method("filter_l1", sparsity=0.5)``, of which everything is masked at once.
         example: arguments of a forward pass: a tuple, a mapping of named ones, or the only one.
         groups: what goes together; None to find out.
         optimizer: of the model; its slots are cut alike, and it (or with a copy of the model, its copy) goes on with the smaller one.
@@ -115,7 +116,7 @@ def shrink(
     if isinstance(recipe_or_masks, Recipe):
         base = copy.deepcopy(model)
         groups = find_groups(base, example, layers=True) if groups is None else groups
-        given = Sparsifier(base, recipe_or_masks, groups=groups, example=example, data=data, loss=loss).finalize().masks
+        given = Sparsifier(base, once(recipe_or_masks), groups=groups, example=example, data=data, loss=loss).finalize().masks
     else:
         base, given = model, Masks(recipe_or_masks)
         groups = find_groups(base, example, layers=_masks_blocks(base, given)) if groups is None else groups

@@ -444,6 +444,7 @@ class Trainer:
 
     def _shrink(self) -> None:
         self._settle_average()  # the next average begins with the smaller model
+        before = sum(parameter.numel() for parameter in self.model.parameters())
         try:
             smaller = shrink(self.model, self.masks, self.example, optimizer=self.optimizer, in_place=True)
         except NiwakiError as error:  # hours of training end here: the masked model is what there is
@@ -455,7 +456,11 @@ class Trainer:
             return
         self.removed = compose(self.removed, smaller.removed)
         self.masks = smaller.masks
-        self.notes.append("finish: shrink made the model smaller; earlier snapshots no longer fit")
+        after = sum(parameter.numel() for parameter in self.model.parameters())
+        self.notes.append(
+            f"finish: shrink made the model smaller, from {before:,} parameters to {after:,}: sparsities are of what is left, and earlier"
+            " snapshots no longer fit"
+        )
         self.snapshots, self._before = {}, Masks()
         self._begin_average()
         self._flops = forward_flops(self.model, self.example)
