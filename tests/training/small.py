@@ -42,10 +42,48 @@ def with_dropout(data: Data) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.Dropout(0.2), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
+def with_norms(data: Data) -> nn.Module:
+    hidden = [nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.BatchNorm1d(16), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(16, 2))
+
+
+class _Block(nn.Module):
+    """Attention of two heads to three tokens, with a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.norm(x)
+        query, key, value = (part(seen).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        attended = ((query @ key.transpose(-1, -2)) / 2).softmax(dim=-1) @ value
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Attentive(nn.Module):
+    """Three tokens, two blocks, a classifier of their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 24)
+        self.blocks = nn.ModuleList(_Block() for _ in range(2))
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x).view(-1, 3, 8)
+        for block in self.blocks:
+            tokens = block(tokens)
+        outputs: Tensor = self.last(tokens.sum(dim=1))
+        return outputs
+
+
 def plane(**fields: Any) -> Task:
     """Return a classification task: which side of a plane a point lies on."""
     training = Training(epochs=4, batch_size=16, learning_rate=0.1, threads=1)
-    builders = {"small": network, "plain": without_batch_norm, "dropout": with_dropout}
+    builders = {"small": network, "plain": without_batch_norm, "dropout": with_dropout, "norms": with_norms}
+    builders["attention"] = lambda data: Attentive()
     given: dict[str, Any] = {
         "name": "plane",
         "models": {name: Model(build, training) for name, build in builders.items()},

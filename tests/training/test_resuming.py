@@ -46,6 +46,14 @@ LOUD = small.plane(loss=lambda outputs, targets: 1e4 * functional.cross_entropy(
 
 RATIO = "stages: [{repeat: 2, stages: [{for: 5 steps, granularity: channel, penalty: {group_lasso: {ratio: 0.2}}}]}]"
 
+SUITABLE = {
+    "network_slimming": {"model": "norms"},
+    "early_bird_channels": {"model": "norms", "epochs": 4},
+    "head_importance": {"model": "attention"},
+    "layerdrop": {"model": "attention"},
+}
+"""What methods need whose units the first network does not have."""
+
 CASES = {
     "dense": (None, {}),
     "dense with everything": (
@@ -69,7 +77,11 @@ CASES = {
     "rewinding the optimizer too": (TICKET.replace("OPTIMIZER", "ticket"), {"optimizer": "adamw", "learning_rate": 0.01}),
     "stages": (STAGED, {}),
     "strength from a ratio": (RATIO, {}),
-    **{name: (method.recipe.to_yaml(), {}) for name, method in niwaki.METHODS.items() if method.recipe.stages is not None},
+    **{
+        name: (method.recipe.to_yaml(), SUITABLE.get(name, {}))
+        for name, method in niwaki.METHODS.items()
+        if method.recipe.stages is not None
+    },
     "shrinking": (SHRINK, {"optimizer": "adamw", "learning_rate": 0.01}),
     "shrinking with an average": (SHRINK, {"ema": 0.9}),
 }
@@ -101,7 +113,7 @@ def test_resumed_equals_uninterrupted(tmp_path, name, steps):
     text, settings = CASES[name]
 
     def make():
-        return trainer(text, epochs=2, **settings)
+        return trainer(text, **{"epochs": 2, **settings})
 
     made = make()
     done = made.run()
