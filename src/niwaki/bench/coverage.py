@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import re
 import signal
 import tempfile
 import time
@@ -30,7 +29,6 @@ from niwaki.bench.architectures import Architecture, architectures
 from niwaki.dependency import Example, Group, find_groups
 from niwaki.dependency.tape import mapped, tensors_in
 from niwaki.dependency.trace import arguments
-from niwaki.errors import NiwakiError
 from niwaki.formats import load, save
 from niwaki.masks import Masks
 from niwaki.structured import Smaller, shrink
@@ -140,7 +138,7 @@ def _smaller(architecture: Architecture, model: nn.Module, groups: Sequence[Grou
         other = inputs(architecture, 2)
         expected = _outputs(masked, other)
         begin = time.perf_counter()
-        smaller, row["kept"] = _shrunk(model, masks, example, groups)
+        smaller = shrink(model, masks, example, groups=groups)
         row["shrink_seconds"] = time.perf_counter() - begin
         row["left"] = smaller.notes
         row["parameters_after"], row["flops_after"] = _parameters(smaller.model), _flops(smaller.model, example)
@@ -156,20 +154,6 @@ def _smaller(architecture: Architecture, model: nn.Module, groups: Sequence[Grou
     except Exception as error:
         row["failure"] = _sentence(error)
     return row
-
-
-def _shrunk(model: nn.Module, masks: Masks, example: Example, groups: Sequence[Group]) -> tuple[Smaller, list[str]]:
-    """Return the smaller model, and which groups had to be left alone because the model's code does not allow any other width."""
-    kept: list[str] = []
-    while True:
-        try:
-            return shrink(model, masks, example, groups=groups, exclude=kept), kept
-        except NiwakiError as error:
-            said = re.search(r"exclude='([^']*)'", str(error))
-            alike = re.sub(r"\[.*?\]|\d+", "*", said[1]) if said else ""  # the same in all blocks
-            if not said or alike in kept:
-                raise
-            kept.append(alike)
 
 
 def _gone(groups: Iterable[Group], kept: Mapping[str, Mapping[str, Sequence[int]]]) -> int:
@@ -373,6 +357,6 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if row["failure"]:
             sentences.append(f"{row['architecture']}, {row['sparsity']:.0%}: {row['failure']}")
-        elif row["kept"]:
-            sentences.append(f"{row['architecture']}, {row['sparsity']:.0%}: left alone, as no other width works: {', '.join(row['kept'])}")
+        elif row["left"]:
+            sentences.append(f"{row['architecture']}, {row['sparsity']:.0%}: left alone: {'; '.join(row['left'])}")
     return sentences
