@@ -119,7 +119,7 @@ def run(
     budget: float = 0.5,
     epochs: int = 3,
     seed: int = 0,
-    rounds: int = 31,
+    rounds: int = 9,
     latencies: bool = False,
     progress: Callable[[int, int], None] | None = None,
     task: Task = CIFAR10,
