@@ -1,5 +1,6 @@
 """Fills the pages with what the code knows, when the documentation is built: a marker in a page becomes tables."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from niwaki.component import REGISTRY, Component, describe
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pages
+
 from results import fill
 
 
@@ -19,19 +22,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for marker, make in MARKERS.items():
         if marker in markdown:
             markdown = markdown.replace(marker, make())
-    return fill(markdown)
+    return fill(SLOT.sub(lambda found: pages.slot(found[1]), markdown))
 
 
 def components() -> str:
     """Return one table for each slot: those of a recipe in its order, then those that stand inside components."""
-    slots = [field for field in niwaki.Recipe.model_fields if field in REGISTRY]
-    return "\n\n".join(_slot(slot) for slot in [*slots, *sorted(REGISTRY.keys() - set(slots))])
+    ordered = [field for field in niwaki.Recipe.model_fields if field in REGISTRY]
+    return "\n\n".join(_slot(slot) for slot in [*ordered, *sorted(REGISTRY.keys() - set(ordered))])
 
 
 def _slot(slot: str) -> str:
-    names: dict[type[Component], list[str]] = {}
-    for name, cls in REGISTRY[slot].items():
-        names.setdefault(cls, []).append(name)
+    names = pages.names(slot)
+    if slot in pages.PAGES:
+        links = [(f"[`{known[0]}`]({pages.PAGES[slot]}#{pages.anchor(slot, known[0])})", describe(cls)) for cls, known in names.items()]
+        return f"## {slot}\n\n{_table(('name', 'what it is'), links)}"
     rows = [
         (" or ".join(f"`{name}`" for name in known), describe(cls), _code(cls.equation), "<br>".join(_fields(cls)), cls.source)
         for cls, known in names.items()
@@ -93,6 +97,8 @@ def _escaped(cell: str) -> str:
     """Escape what would end the cell; between backticks it does not."""
     return "`".join(part if i % 2 else part.replace("|", "\\|") for i, part in enumerate(cell.split("`")))
 
+
+SLOT = re.compile(r"<!-- slot (\w+) -->")
 
 MARKERS: dict[str, Callable[[], str]] = {
     "<!-- components -->": components,

@@ -19,7 +19,7 @@ from niwaki.errors import InputError
 from niwaki.granularity import Block, Element, Kernel, OutputChannel
 from niwaki.layout import Layout, layout_of
 from niwaki.pieces import Grid, Slices
-from niwaki.prune import pruned
+from niwaki.pruning import pruned
 from niwaki.ranking import rank_targets
 from niwaki.recipe import Prune, Recipe
 from niwaki.saliency import Observation, Saliency

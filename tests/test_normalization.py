@@ -11,7 +11,7 @@ from scipy import stats
 
 from niwaki.component import REGISTRY, build
 from niwaki.errors import InputError
-from niwaki.normalization import Lamp, LayerL2, PerFlop, Rank, Unchanged
+from niwaki.normalization import FlopsPenalty, Lamp, LayerL2, PerFlop, Rank, Unchanged
 
 few = st.lists(st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0, 3.0]), min_size=1, max_size=30)
 many = st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=30)
@@ -128,12 +128,24 @@ def test_per_flop_needs_flops(flops):
     assert "\n" not in str(caught.value)
 
 
+def test_flops_penalty_subtracts_what_a_piece_costs():
+    scores, cost = torch.tensor([3.0, 0.0, -4.0]), torch.tensor([1e6, 3e6, 0.0])
+    found = FlopsPenalty(strength=0.01).normalize(scores, cost)
+    assert found.tolist() == pytest.approx([0.6 - 0.01, -0.03, -0.8], rel=1e-12)
+    assert FlopsPenalty(strength=0.0).normalize(scores, 5.0).tolist() == LayerL2().normalize(scores).tolist()
+    for flops in (None, -1.0, math.nan):
+        with pytest.raises(InputError, match="known and not negative"):
+            FlopsPenalty().normalize(scores, flops)
+    assert build("normalization", {"flops_penalty": 0.5}) == FlopsPenalty(strength=0.5)
+    assert FlopsPenalty.needs == {"flops"}
+
+
 def test_none_changes_nothing():
     scores = torch.tensor([1.0, torch.nan, -torch.inf], dtype=torch.bfloat16)
     assert Unchanged().normalize(scores) is scores
 
 
-@pytest.mark.parametrize("normalization", [LayerL2(), Lamp(), Rank(), PerFlop()], ids=lambda n: n.name)
+@pytest.mark.parametrize("normalization", [LayerL2(), Lamp(), Rank(), PerFlop(), FlopsPenalty()], ids=lambda n: n.name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (4,), (2, 3, 2)], ids=str)
 def test_shape_dtype_and_input(normalization, dtype, shape):
@@ -145,7 +157,7 @@ def test_shape_dtype_and_input(normalization, dtype, shape):
     assert torch.equal(scores.double(), before.double())
 
 
-@pytest.mark.parametrize("normalization", [LayerL2(), Lamp(), Rank(), PerFlop()], ids=lambda n: n.name)
+@pytest.mark.parametrize("normalization", [LayerL2(), Lamp(), Rank(), PerFlop(), FlopsPenalty()], ids=lambda n: n.name)
 def test_strided_scores(normalization):
     scores = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(normalization.normalize(scores.to(memory_format=torch.channels_last), 2.0), normalization.normalize(scores, 2.0))
@@ -159,7 +171,7 @@ def test_infinite_scores_stay_and_do_not_count(normalization):
     assert normalization.normalize(torch.tensor([torch.inf, -torch.inf]), 2.0).tolist() == [math.inf, -math.inf]
 
 
-@pytest.mark.parametrize("normalization", [LayerL2(), Lamp(), Rank(), PerFlop()], ids=lambda n: n.name)
+@pytest.mark.parametrize("normalization", [LayerL2(), Lamp(), Rank(), PerFlop(), FlopsPenalty()], ids=lambda n: n.name)
 def test_nan_stays_for_the_selection_to_name(normalization):
     found = normalization.normalize(torch.tensor([1.0, torch.nan, 2.0]), 2.0)
     assert found.isnan().tolist() == [False, True, False]
@@ -173,7 +185,14 @@ def test_negative_scores_are_refused_where_they_have_no_meaning(normalization):
 
 
 def test_recipes():
-    expected = {"none": Unchanged(), "layer_l2": LayerL2(), "lamp": Lamp(), "rank": Rank(), "per_flop": PerFlop()}
+    expected = {
+        "none": Unchanged(),
+        "layer_l2": LayerL2(),
+        "lamp": Lamp(),
+        "rank": Rank(),
+        "per_flop": PerFlop(),
+        "flops_penalty": FlopsPenalty(),
+    }
     assert set(REGISTRY["normalization"]) == set(expected)
     for name, component in expected.items():
         assert build("normalization", name) == component

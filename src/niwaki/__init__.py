@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from niwaki.formats import load, save
     from niwaki.masks import Masks
     from niwaki.measurement import measure
+    from niwaki.pruning import prune
     from niwaki.recipe import Recipe
     from niwaki.sparsifier import Sparsifier
     from niwaki.structured import shrink
@@ -29,6 +30,7 @@ __all__ = [
     "measure",
     "method",
     "plan",
+    "prune",
     "save",
     "shrink",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "formats": ("load", "save"),
     "masks": ("Masks",),
     "measurement": ("measure",),
+    "pruning": ("prune",),
     "recipe": ("Recipe",),
     "sparsifier": ("Sparsifier",),
     "structured": ("shrink",),

@@ -39,10 +39,8 @@ class Bound:
         """Return a tensor of the parameter's shape as this rank's part in the layout's view."""
         return local(tensor.detach()).reshape(self.here.shape)
 
-    def observe(
-        self, weight: Tensor, *, score: Tensor | None, activity: Tensor | None, need_gradient: bool, seed: int, step: int
-    ) -> Observation:
-        """Return what a score may look at; ``weight``, ``score`` and ``activity`` are already in the layout's view.
+    def observe(self, weight: Tensor, *, need_gradient: bool, seed: int, step: int, **seen: Any) -> Observation:
+        """Return what a score may look at; ``weight`` and everything else that was ``seen`` are already in the layout's view.
 
         Raises:
             InputError: the gradient is needed and there is none.
@@ -56,7 +54,7 @@ class Bound:
                 )
             grad = self.parameter.grad
             gradient = self.view(grad.to_dense() if grad.is_sparse else grad)
-        return Observation(self.name, weight, gradient, score, activity, seed, step, self.start)
+        return Observation(self.name, weight, gradient, seed=seed, step=step, start=self.start, layout=self.here, **seen)
 
 
 def bind(name: str, parameter: nn.Parameter, layout: Layout | None = None) -> Bound:

@@ -23,17 +23,12 @@ REGISTRY: dict[str, dict[str, type[Component]]] = {}
 
 PLANNED: dict[str, frozenset[str]] = {
     "target": frozenset({"heads", "activations", "errors", "gradients", "router"}),
-    "saliency": frozenset(
-        {"apoz", "synflow", "grasp", "force", "accumulated_movement", "obd", "obs"}
-        | {"woodfisher", "woodtaylor", "mfac", "kfac", "eigendamage", "signal_to_noise", "wanda", "sparsegpt"}
-    ),
-    "allocation": frozenset({"flops_budget", "latency_budget", "sensitivity", "redistribution"}),
+    "saliency": frozenset({"signal_to_noise"}),
     "schedule": frozenset({"adaptive", "threshold_ramp"}),
     "selection": frozenset({"hysteresis", "bernoulli", "gumbel", "sampled_top_k"}),
     "growth": frozenset({"momentum", "locality"}),
     "relaxation": frozenset({"hard_concrete", "sigmoid_anneal", "variational_noise"}),
     "penalty": frozenset({"l2", "lp", "sparse_group_lasso", "hoyer", "polarization", "expected_l0", "kl"}),
-    "compensation": frozenset({"obs", "least_squares", "bias_absorb", "merge", "batchnorm_recalibration"}),
     "objective": frozenset({"adversarial"}),
     "memory": frozenset({"error_feedback", "momentum_correction"}),
 }
@@ -50,10 +45,13 @@ class Component(BaseModel):
     equation: ClassVar[str] = ""
     source: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Statistics that must be collected for it: ``gradient`` (of the loss at the current weights), ``score`` (the relaxation's
-    learned score), ``flops`` (how often each weight is used in a forward pass), ``activity`` (mean size of what each weight reads),
-    ``batch_gradients`` (the gradient of each batch by itself; scores are averaged), ``loss`` (the mean loss), ``teacher`` (outputs of
-    the trained dense model)."""
+    """What must be at hand for it: ``gradient`` (of the loss at the current weights), ``score`` (the relaxation's learned score),
+    ``flops`` (how often each weight is used in a forward pass), ``loss`` (the mean loss), ``teacher`` (outputs of the trained dense
+    model). What has to be collected over data is a :class:`~niwaki.statistics.Statistic`."""
+    effort: ClassVar[str] = ""
+    """What it costs: time, memory, data."""
+    advice: ClassVar[str] = ""
+    """When to use it."""
 
     single_field: ClassVar[str | None] = None
     """The field that a bare value stands for: ``{name: value}`` for ``{name: {single_field: value}}``."""

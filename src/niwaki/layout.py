@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from niwaki.errors import InputError
 
@@ -152,3 +152,41 @@ def layout_of(module: nn.Module, name: str, shape: Sequence[int] | torch.Size) -
 def is_normalization(module: nn.Module) -> bool:
     """Return whether the module is a normalization, one of torch or one that is called so (``LlamaRMSNorm``, ``LayerNorm2d``)."""
     return any("Norm" in base.__name__ for base in type(module).__mro__)
+
+
+def matrix(values: Tensor, layout: Layout) -> Tensor:
+    """Return a tensor in the layout's view as matrices ``[groups, rows, columns]``: what ``y = W x`` multiplies with.
+
+    Rows are outputs (stacked ones one below the other), columns are inputs and, of a convolution, kernel positions, in the order of
+    ``torch.nn.functional.unfold``. It may be a copy; :func:`from_matrix` goes back.
+
+    >>> matrix(torch.arange(6).view(3, 2), Layout(("input", "output"), (3, 2))).tolist()
+    [[[0, 2, 4], [1, 3, 5]]]
+    """
+    sizes = [layout.size("group"), layout.size("stack") * layout.size("output"), layout.size("input") * prod(layout.kernel)]
+    return values.reshape(layout.shape).permute(_matrix_order(layout)).reshape(sizes)
+
+
+def from_matrix(values: Tensor, layout: Layout) -> Tensor:
+    """Return matrices ``[groups, rows, columns]`` as a tensor in the layout's view."""
+    order = _matrix_order(layout)
+    back = [order.index(d) for d in range(len(order))]
+    return values.reshape([layout.shape[d] for d in order]).permute(back)
+
+
+def _matrix_order(layout: Layout) -> list[int]:
+    rank = {"group": 0, "stack": 1, "output": 2, "input": 3, "kernel": 4}
+    return sorted(range(len(layout.roles)), key=lambda d: (rank[layout.roles[d]], d))
+
+
+def columns_view(values: Tensor, layout: Layout) -> Tensor:
+    """Return ``[groups, columns]`` in the layout's view, with size 1 in the dimensions of outputs and stacks.
+
+    ``columns`` are all columns of the matrix form, or the inputs alone (then the size is 1 in kernel dimensions too).
+    """
+    with_kernel = values.shape[-1] == layout.size("input") * prod(layout.kernel) and prod(layout.kernel) > 1
+    wide = ("group", "input", "kernel") if with_kernel else ("group", "input")
+    order = [d for d in _matrix_order(layout) if layout.roles[d] in wide]
+    sizes = [layout.shape[d] for d in order]
+    placed = values.reshape(sizes).permute([order.index(d) for d in sorted(order)])
+    return placed.reshape([n if r in wide else 1 for r, n in zip(layout.roles, layout.shape, strict=True)])

@@ -192,6 +192,13 @@ class MaskedTensor:
 
     # ------------------------------------------------------------------ masks and checkpoints
 
+    def rewrite(self, weight: Tensor) -> None:
+        """Put other values in the place of the weight that is trained."""
+        if self.latent is None:
+            self._write(weight)
+        else:
+            self.latent.copy_(weight)
+
     def set_masks(self, keep: Tensor, learns: Tensor | None, before_training: bool) -> Tensor | None:
         """Take a new mask and bring the weight in line with it.
 

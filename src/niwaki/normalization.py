@@ -44,6 +44,8 @@ class Unchanged(Normalization):
     name = "none"
     equation = "s' = s"
     source = "Singh & Alistarh 2020"
+    effort = "none"
+    advice = "scores that are changes of one loss, or ranked within layers"
 
     def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return the scores themselves."""
@@ -63,6 +65,8 @@ class LayerL2(Normalization):
     name = "layer_l2"
     equation = "s' = s / √(Σ s²) over the layer"
     source = "Molchanov et al. 2017"
+    effort = "one sum over the scores"
+    advice = "scores whose scale differs between layers, such as first-order ones of units"
 
     def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return scores whose squares sum to 1."""
@@ -87,6 +91,8 @@ class Lamp(Normalization):
     name = "lamp"
     equation = "s'(u) = s(u)² / Σ s(v)² over all v of the layer with s(v) ≥ s(u)"
     source = "Lee et al. 2021"
+    effort = "one sort of each layer's scores"
+    advice = "magnitudes with a global ranking; it never empties a layer"
 
     def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return scores in [0, 1]; infinite ones as they are.
@@ -120,6 +126,8 @@ class Rank(Normalization):
     name = "rank"
     equation = "s' = (1 + number of scores that are removed earlier) / n"
     source = "Conover & Iman 1981"
+    effort = "one sort of each layer's scores"
+    advice = "scores of which only the order within a layer means something"
 
     def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
         """Return the multiples of 1 / n from 1 / n to 1, each once."""
@@ -143,6 +151,8 @@ class PerFlop(Normalization):
     name = "per_flop"
     equation = "s' = s / (FLOPs of the piece)^power"
     source = "Theis et al. 2018; Singh & Alistarh 2020"
+    effort = "one forward pass of one batch"
+    advice = "where time matters more than size, with a global ranking or flops_budget"
     needs = frozenset({"flops"})
 
     power: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
@@ -159,6 +169,41 @@ class PerFlop(Normalization):
             raise InputError(f"normalization {self.name}: the FLOPs of a piece must be known and above 0, got {least}")
         self._refuse_negative(scores)
         return _float64(scores) / cost**self.power
+
+
+class FlopsPenalty(Normalization):
+    """Scores of layers divided by their L2 norm, less what a piece costs: cheap pieces are protected, by addition rather than by ratio.
+
+    Attributes:
+        strength: λ, for each million FLOPs of a piece.
+
+    Source: Molchanov, Tyree, Karras, Aila, Kautz 2017 (FLOPs regularization).
+
+    >>> import torch
+    >>> FlopsPenalty(strength=0.1).normalize(torch.tensor([3.0, 4.0]), 2e6)
+    tensor([0.4000, 0.6000], dtype=torch.float64)
+    """
+
+    name = "flops_penalty"
+    equation = "s' = s / √(Σ s²) - λ · FLOPs of the piece / 10⁶"
+    source = "Molchanov et al. 2017"
+    effort = "one forward pass of one batch"
+    advice = "as per_flop, when cheap pieces are to be protected without being compared by ratio"
+    needs = frozenset({"flops"})
+    single_field = "strength"
+
+    strength: float = Field(default=1e-3, ge=0.0, allow_inf_nan=False)
+
+    def normalize(self, scores: Tensor, flops_per_piece: float | Tensor | None = None) -> Tensor:
+        """Return the scores less their cost, which may be negative.
+
+        Raises:
+            InputError: the FLOPs are unknown or negative.
+        """
+        cost = None if flops_per_piece is None else torch.as_tensor(flops_per_piece, dtype=torch.float64, device=scores.device)
+        if cost is None or not bool((cost >= 0).all()):
+            raise InputError(f"normalization {self.name}: the FLOPs of a piece must be known and not negative, got {flops_per_piece}")
+        return LayerL2().normalize(scores) - self.strength * 1e-6 * cost
 
 
 def _float64(scores: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from niwaki.granularity import Granularity, Grouped
 from niwaki.growth import Growth
 from niwaki.layout import Layout
 from niwaki.masks import local
-from niwaki.saliency import Observation, Saliency
+from niwaki.saliency import GroupObservation, GroupSaliency, Observation, Saliency
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +143,8 @@ class Ranked:
         parts: all tensors that share the mask.
         makers: those of them whose weights make the pieces.
         scored: those of them that the saliency looks at.
+        readers: those of them that read the units of a group.
+        along: those that the units of a group run along: biases, normalizations, depthwise weights.
     """
 
     layer: Layer
@@ -150,6 +152,8 @@ class Ranked:
     parts: tuple[Part, ...]
     makers: tuple[Part, ...]
     scored: tuple[Part, ...]
+    readers: tuple[Part, ...] = ()
+    along: tuple[Part, ...] = ()
 
     @property
     def name(self) -> str:
@@ -178,6 +182,9 @@ class Ranked:
 
     def score(self, component: Saliency | Growth, observe: Callable[[Bound], Observation]) -> Tensor:
         """Return the score of every piece of this rank's part: of a group, the aggregate over its scored members."""
+        if isinstance(component, GroupSaliency) and isinstance(self.granularity, Grouped):
+            members = ([(observe(p.bound), p.cut) for p in parts] for parts in (self.makers, self.readers, self.along))
+            return component.score_group(GroupObservation(self.pieces, *members)).to(self.device)
         found = [component.score(observe(part.bound), part.cut) for part in self.scored]
         if not isinstance(self.granularity, Grouped):
             return found[0]

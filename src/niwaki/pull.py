@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from niwaki.collecting import Statistics
 from niwaki.granularity import Grouped
 from niwaki.masked import MaskedTensor
 from niwaki.masks import local
 from niwaki.penalty import L1, GroupLasso, Penalized, Penalty
 from niwaki.pieces import Part, Ranked
-from niwaki.statistics import Statistics
 from niwaki.target import NormScale, select_targets
 
 

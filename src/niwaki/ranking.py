@@ -200,7 +200,9 @@ def _rank_group(
             f" {parts[makers[0]].bound.name} from the target, or choose another saliency"
         )
     layer = Layer(group.name, parts[makers[0]].bound.layout, len(present))
-    return Ranked(layer, granularity, tuple(parts.values()), tuple(parts[m] for m in makers), scored)
+    readers = tuple(parts[m] for m in members if m.role == "input")
+    along = tuple(parts[m] for m in members if m.role == "along" and m not in makers)
+    return Ranked(layer, granularity, tuple(parts.values()), tuple(parts[m] for m in makers), scored, readers, along)
 
 
 def _scored(group: Group, saliency: Saliency, members: Sequence[Member], makers: Sequence[Member], tensors: _Tensors) -> Sequence[Member]:

@@ -21,7 +21,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from niwaki.binding import bind
+from niwaki.calibration import recalibrate_batchnorm
 from niwaki.clock import Clock
+from niwaki.collecting import Statistics, Values, memory_of
+from niwaki.compensating import compensate
 from niwaki.dependency import Example, Group
 from niwaki.dropping import leave_out
 from niwaki.errors import InputError
@@ -29,6 +32,7 @@ from niwaki.gradient import Dense
 from niwaki.granularity import Grouped
 from niwaki.masked import MaskedTensor
 from niwaki.masks import Masks, canonical_name, equals_zero, local, shard
+from niwaki.metrics.units import show
 from niwaki.own_parameters import add_own_parameters
 from niwaki.pieces import Ranked, bounds_of
 from niwaki.pull import Pull
@@ -39,8 +43,8 @@ from niwaki.recipe.stages import StageRecipe
 from niwaki.relaxation import Dropout
 from niwaki.selector import Selector, reads_gradient
 from niwaki.slots import forget_history, reset_slots
-from niwaki.statistics import Statistics
 from niwaki.target import LeftOut
+from niwaki.watching import StepWatch
 
 MasksChanged = Callable[[Masks], None]
 
@@ -69,6 +73,8 @@ class Sparsifier:
             :func:`niwaki.dependency.find_groups` returns, with what a person has vetoed or coupled. None: they are found here.
         example: arguments of a forward pass to find them with, a tuple or a dict of keyword arguments; by default the inputs of the
             first batch of ``data``.
+        memory: most bytes that statistics (gradients, second moments, Kronecker factors) may take; None for no limit.
+        progress: called with a sentence when masks begin to be selected: what they are ranked by, and the memory that it takes.
 
     Masks that the recipe wants from the start are applied here: build the sparsifier first, then load checkpoints.
 
@@ -97,6 +103,8 @@ class Sparsifier:
         loss: Callable[[Any, Any], Tensor] | None = None,
         groups: Sequence[Group] | None = None,
         example: Example | None = None,
+        memory: int | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
         if recipe.stages is not None:
             raise InputError("recipe: it has stages; build a sparsifier for each of niwaki.recipe.stages.unroll(recipe), or use niwaki run")
@@ -146,14 +154,23 @@ class Sparsifier:
         self._accumulated: set[Tensor] = set()  # parameters whose gradient was accumulated since the last optimizer step
         self._one_backward = False  # whether several optimizers were seen to step after one backward pass
         self._finalized = False
-        self._gradient_needs = reads_gradient(recipe.saliency) or reads_gradient(recipe.growth)
-        self._statistics = Statistics(model, recipe, data, loss)
+        self._gradient_needs = any(reads_gradient(component) for component in (recipe.saliency, recipe.growth, recipe.allocation))
+        self._statistics = Statistics(model, recipe, data, loss, seed, memory)
         self._pull: Pull | None = None
         if recipe.penalty is not None:
             density = 1.0 - (recipe.final_sparsity or 0.0)
             self._pull = Pull(recipe.penalty, model, self.ranked, self._by_parameter, density, self._statistics, self._tell)
         given = any(tensor.pruned is not None for tensor in self._targets.values())
-        self._selector = Selector(recipe, self.ranked, self._targets, self._statistics, self.clock, seed, self._tell, given)
+        self._watch: StepWatch | None = None
+        self._selector = Selector(
+            recipe, self.ranked, self._targets, self._statistics, self.clock, seed, self._tell, given, self._watched_steps
+        )
+        asked = self._selector.asked() if recipe.acts else {}
+        if any(request.source == "steps" for request in asked):
+            self._watch = StepWatch(asked, self._targets)
+        self.statistics_bytes = memory_of(asked)
+        """Bytes that statistics take while masks are updated."""
+        self._progress = progress
         self._start_masks()
         self._draw()
         self._look_ahead()
@@ -299,6 +316,8 @@ class Sparsifier:
             self._round_is_open, self._skips, self._stepped = True, False, set()
             for tensor in self._tensors.values():
                 tensor.adopt_writes()
+            if self._watch is not None:
+                self._watch.look()
             self._update_masks(closure)
             for tensor in self._tensors.values():
                 tensor.pull_back()
@@ -401,12 +420,36 @@ class Sparsifier:
 
     @torch.no_grad()
     def _select(self, grows: bool = True) -> None:
-        """Select the masks that are due, and bring weights, slots and gradients in line with them."""
-        selected = self._selector.select(self.step, grows)
+        """Select the masks that are due, in as many rounds as the schedule says."""
+        due = self._selector.due(self.step)
+        assert due is not None
+        rounds = self.recipe.schedule.sparsities(due)
+        if len(rounds) > 1 and self._gradient_needs and not self._statistics.has_loss:
+            raise InputError(f"schedule: {len(rounds)} rounds collect gradients anew in each, so they need data= and loss=")
+        if getattr(self.recipe.schedule, "revive", False):
+            self._selector.originals = {name: tensor.weight.clone() for name, tensor in self._targets.items()}
+        for round_, sparsity in enumerate(rounds):
+            if self._progress is not None:
+                self._progress(self._says(round_, len(rounds)))
+            with self._statistics.gradients() if round_ and self._gradient_needs else nullcontext():
+                self._select_once(grows, sparsity)
+        self._selector.originals = {}
+        if getattr(self.recipe.compensation, "recalibrates", False):
+            assert self._statistics.data is not None
+            recalibrate_batchnorm(self.model, self._statistics.data)
+
+    def _select_once(self, grows: bool, sparsity: float) -> None:
+        """Select masks of a sparsity, and bring weights, slots and gradients in line with them."""
+        selected = self._selector.select(self.step, grows, sparsity)
         if selected is None:
             return
-        keep, learns = selected
+        keep, learns = selected.keep, selected.learns
         require_same({name: mask for name, mask in keep.items() if self._targets[name].bound.group is None}, self.step)
+        for name, weight in (*self._selector.originals.items(), *selected.weights.items()):
+            self._targets[name].rewrite(weight)
+        if self.recipe.compensation is not None and not self._selector.originals:
+            for note in compensate(self.model, self.recipe.compensation, self.ranked, self._targets, keep, selected.pieces, selected.seen):
+                self._tell(note)
         changed = False
         for name, tensor in self._targets.items():
             changed = changed or not torch.equal(keep[name], tensor.kept(tensor.pruned))
@@ -417,6 +460,14 @@ class Sparsifier:
             for optimizer in self._optimizers:
                 forget_history(optimizer)
             self._announce()
+
+    def _says(self, round_: int, rounds: int) -> str:
+        memory = f", statistics of {show(self.statistics_bytes, 'bytes')}" if self.statistics_bytes else ""
+        return f"ranking by {self.recipe.saliency.name}{memory}" + (f", round {round_ + 1} of {rounds}" if rounds > 1 else "")
+
+    def _watched_steps(self) -> Values:
+        """Return the statistics of the steps so far."""
+        return {} if self._watch is None else self._watch.values()
 
     def _freshen(self, tensor: MaskedTensor, where: Tensor) -> None:
         """Give slots of weights that start or stop learning the values of a fresh state."""
@@ -497,6 +548,7 @@ class Sparsifier:
             "selected_at": self._selector.selected_at,
             "candidates": self._selector.candidates.state_dict(),
             "strength": self.strength,
+            "watched": None if self._watch is None else self._watch.state_dict(),
             "notes": list(self.notes),
             "active_zeros": self._active_zeros({name: tensor.pruned for name, tensor in self._tensors.items()}),
             "tensors": {name: tensor.state_dict() for name, tensor in self._tensors.items()},
@@ -534,6 +586,8 @@ class Sparsifier:
         self._selector.candidates.load_state_dict(state.get("candidates"))
         if self._pull is not None and state.get("strength") is not None:
             self._pull.take_strength(state["strength"])
+        if self._watch is not None and state.get("watched") is not None:
+            self._watch.load_state_dict(state["watched"])
         self._round_is_open = False
         self._draw()
         self._look_ahead()

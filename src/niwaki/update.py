@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from niwaki import counter
-from niwaki.allocation import guard
+from niwaki.allocation import Evidence, guard, row_counts
 from niwaki.binding import Bound
 from niwaki.errors import InputError
-from niwaki.granularity import Grouped
+from niwaki.granularity import Grouped, PatternNM
 from niwaki.growth import DropAndGrow, Growth, dropped
-from niwaki.pieces import Ranked
+from niwaki.layout import from_matrix, matrix
+from niwaki.pieces import Ranked, element_masks
 from niwaki.recipe import Recipe, Threshold
 from niwaki.saliency import Observation
 from niwaki.selection import kept, select
@@ -41,11 +42,14 @@ class Update:
         observe: tensor -> what the saliency may look at.
         observe_growth: the same for growth.
         flops: parameter name -> multiply-adds of each of its weights in a forward pass; None when no component needs it.
+        dense_flops: FLOPs of a forward pass of the whole dense model, in the same unit as ``flops``; None when no component needs it.
+        loss: the mean loss over the data if everything ranked keeps some pieces (bool, one tensor each); None when there are no data.
         averaged: scores that were averaged over batches, one tensor for each thing ranked; None where the saliency sees all it needs.
         first: whether it is the initial selection.
         grows: whether drop-and-grow may exchange pieces (not at the end of the run, where grown ones could not learn).
         from_active: whether only active pieces may be kept (hard masks without growth).
         notes: sentences for the user.
+        weights: tensor name -> new weights in its view, of a saliency that chooses them with the mask.
     """
 
     sparsity: float
@@ -57,9 +61,12 @@ class Update:
     first: bool
     from_active: bool
     flops: Mapping[str, float] | None = None
+    dense_flops: float | None = None
+    loss: Callable[[Sequence[Tensor]], float] | None = None
     averaged: Sequence[Tensor] | None = None
     grows: bool = True
     notes: list[str] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def next_pieces(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], update: Update) -> list[Tensor]:
@@ -86,7 +93,9 @@ def next_pieces(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tenso
 
     if isinstance(recipe.selection, Threshold):
         return _above(recipe, recipe.selection.value, ranked, saliency, active, update)
-    counts = _counts(recipe, ranked, active if update.from_active else None, update)
+    counts = _counts(recipe, ranked, active, saliency, update)
+    if recipe.saliency.solves:
+        return _solved(recipe, ranked, counts, update)
     if sum(counts) == sum(one.pieces for one in ranked):
         return [torch.ones_like(a) for a in active]
     if update.first and starts_at_random(growth):
@@ -117,6 +126,28 @@ def _above(
     return _choose(recipe, ranked, scores, counts, eligible, update)
 
 
+def _solved(recipe: Recipe, ranked: Sequence[Ranked], counts: Sequence[int], update: Update) -> list[Tensor]:
+    """Return the pieces that a saliency keeps which chooses mask and weights of each tensor together; the weights go to the update."""
+    granularity = recipe.granularity
+    pattern = (granularity.n, granularity.m) if isinstance(granularity, PatternNM) else None
+    keep = []
+    for one, count in zip(ranked, counts, strict=True):
+        bound = one.parts[0].bound
+        if bound.group is not None:
+            raise InputError(f"saliency: {recipe.saliency.name!r} needs whole tensors, and {one.name} is sharded; prune before sharding")
+        if isinstance(granularity, PatternNM) and (granularity.dimension != "input" or bound.layout.kernel):
+            raise InputError(
+                f"granularity: saliency {recipe.saliency.name!r} knows N:M patterns along the inputs of linear layers, and {one.name} is"
+                " another; exclude it from the target, or choose the granularity element"
+            )
+        solution = recipe.saliency.solve(update.observe(bound), count, pattern)
+        update.weights[bound.name] = solution.weight
+        for note in solution.notes:
+            _tell(update, note)
+        keep.append(solution.keep)
+    return keep
+
+
 def starts_at_random(growth: Growth) -> bool:
     """Return whether the first mask is drawn at random rather than ranked by saliency."""
     return isinstance(growth, DropAndGrow) and growth.initial_mask == "random"
@@ -136,8 +167,11 @@ def _drop_and_grow(
     now = sum_counts(active, ranked)
     if recipe.allocation.joint:
         now = [sum(now)]
-    survivors = [min(n, count) for n, count in zip(now, counts, strict=True)]
-    survivors = [n - dropped(fraction, n) for n in survivors]
+    if "survivors" in recipe.allocation.wants:
+        survivors = [min(n - dropped(fraction, n), count) for n, count in zip(now, counts, strict=True)]
+    else:
+        survivors = [min(n, count) for n, count in zip(now, counts, strict=True)]
+        survivors = [n - dropped(fraction, n) for n in survivors]
     if recipe.allocation.joint:
         survivors = [max(n, min(count, len(ranked))) for n, count in zip(survivors, counts, strict=True)]  # one a tensor can stay
     keep = _choose(recipe, ranked, saliency, survivors, active, update)
@@ -147,25 +181,79 @@ def _drop_and_grow(
     return [k | g for k, g in zip(keep, grown, strict=True)]
 
 
-def _counts(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor] | None, update: Update) -> list[int]:
+def _counts(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], scores: Scores, update: Update) -> list[int]:
     """Return the pieces to keep of each tensor or group, or one total when all are ranked together."""
     layers = [one.layer for one in ranked]
+    now = sum_counts(active, ranked) if update.from_active else None
+    allocation = recipe.allocation
     total = kept(update.sparsity, sum(one.pieces for one in ranked))
-    now = None if active is None else sum_counts(active, ranked)
-    if now is not None and sum(now) < total:
+    if now is not None and sum(now) < total and allocation.budget is None:
         raise InputError(
             f"schedule: the sparsity falls to {update.sparsity:.6g} before step {update.step}, and growth: none brings nothing back;"
             " choose growth: all, random or gradient"
         )
-    if recipe.allocation.joint:
+    if allocation.joint:
         if total < len(ranked):
             what = "group" if isinstance(recipe.granularity, Grouped) else "tensor"
             _tell(update, f"kept {len(ranked)} pieces, one a {what}, where the sparsity {update.sparsity:.6g} asks for {total}")
         return [max(total, len(ranked))]
-    counts, raised = guard(recipe.allocation.keep(update.sparsity, layers, recipe.final_sparsity), layers)
+    evidence = _evidence(recipe, ranked, active, scores, update) if allocation.wants or allocation.statistics else None
+    counts, raised = guard(allocation.keep(update.sparsity, layers, recipe.final_sparsity, evidence), layers)
     for name in raised:
-        _tell(update, f"kept one piece of {name}, which the allocation {recipe.allocation.name!r} would have emptied")
+        _tell(update, f"kept one piece of {name}, which the allocation {allocation.name!r} would have emptied")
     return counts if now is None else _within(counts, now)
+
+
+def _evidence(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], scores: Scores, update: Update) -> Evidence:
+    """Return what the allocation may look at; scores are computed once.
+
+    Raises:
+        InputError: a tensor is sharded, so that this rank cannot see all of it.
+    """
+    sharded = next((one.name for one in ranked if one.processes is not None), None)
+    if sharded is not None:
+        name = recipe.allocation.name
+        raise InputError(f"allocation: {name!r} looks at whole tensors, and {sharded} is sharded; choose uniform, global or erdos_renyi")
+    eligible = active if update.from_active else None
+    limits: Sequence[Tensor | None] = [None] * len(ranked) if eligible is None else eligible
+    score = lru_cache(maxsize=None)(scores)
+
+    def best(counts: Sequence[int]) -> list[Tensor]:
+        return [select([partial(score, i)], n, eligible=[limits[i]], names=[ranked[i].name])[0] for i, n in enumerate(counts)]
+
+    def loss(counts: Sequence[int]) -> float:
+        assert update.loss is not None
+        return update.loss(best(counts))
+
+    def flops_left(counts: Sequence[int]) -> float:
+        assert uses is not None
+        assert update.dense_flops is not None
+        masks = element_masks(ranked, best(counts))
+        return update.dense_flops - sum(2.0 * uses.get(name, 0.0) * int((~mask).sum()) for name, mask in masks.items())
+
+    def observe(i: int) -> list[Observation]:
+        parts = ranked[i].readers if recipe.allocation.observes == "inputs" and ranked[i].readers else ranked[i].scored
+        return [update.observe(part.bound) for part in parts]
+
+    survivors = None
+    if isinstance(recipe.growth, DropAndGrow) and not update.first and update.grows:
+        fraction = recipe.growth.fraction.at(update.progress)
+        survivors = [n - dropped(fraction, n) for n in sum_counts(active, ranked)]
+    uses = update.flops
+    counted = uses is not None and update.dense_flops is not None
+    return Evidence(
+        scores=score,
+        active=eligible,
+        flops=None if uses is None else [one.flops(uses) for one in ranked],
+        dense_flops=update.dense_flops,
+        flops_left=flops_left if counted and isinstance(recipe.granularity, Grouped) else None,
+        loss=None if update.loss is None else loss,
+        survivors=survivors,
+        observe=observe,
+        seed=update.seed,
+        step=update.step,
+        tell=lambda note: _tell(update, note),
+    )
 
 
 def _within(counts: list[int], limits: list[int]) -> list[int]:
@@ -198,6 +286,9 @@ def _choose(
     if not recipe.allocation.joint:
         result = []
         for i, one in enumerate(ranked):
+            if recipe.allocation.by_row:
+                result.append(_by_row(one, lazy[i](), counts[i], eligible[i]))
+                continue
             result += _forced_select([lazy[i]], counts[i], [eligible[i]], [forced[i]], [one.name], one.processes)
         return result
     group = ranked[0].processes
@@ -214,6 +305,23 @@ def _choose(
         for i in emptied:
             _tell(update, f"kept one piece of {names[i]}, which the allocation {recipe.allocation.name!r} would have emptied")
             forced[i] = select([lazy[i]], 1, eligible=[eligible[i]], names=[names[i]], group=group)[0]
+
+
+def _by_row(one: Ranked, scores: Tensor, count: int, eligible: Tensor | None) -> Tensor:
+    """Return the best weights of every output row, the same number of each but for a remainder: of one more in the first rows."""
+    bound = one.parts[0].bound
+    if bound.group is not None:
+        raise InputError(f"allocation.uniform: rows of {one.name} need the whole tensor, and it is sharded; say per: tensor")
+    values = scores if eligible is None else scores.masked_fill(~eligible, -torch.inf)
+    if bool(values.isnan().any()):
+        raise InputError(f"{one.name}: a score is NaN; its weights or statistics are not finite")
+    table = matrix(values, bound.layout)
+    rows = table.flatten(0, 1)
+    best = rows.argsort(dim=1, descending=True, stable=True)
+    places = torch.empty_like(best).scatter_(1, best, torch.arange(rows.shape[1], device=rows.device).expand_as(best))
+    keep = places < torch.tensor(row_counts(count, len(rows)), device=rows.device)[:, None]
+    chosen = from_matrix(keep.view(table.shape), bound.layout).reshape(scores.shape)
+    return chosen if eligible is None else chosen & eligible
 
 
 def _forced_select(

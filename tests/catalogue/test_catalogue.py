@@ -5,45 +5,15 @@ import re
 from importlib.resources import files
 
 import pytest
+from catalogue.survey import SURVEY
 from ruamel.yaml import YAML
 
 from niwaki.catalogue import CHAPTERS, METHODS, Columns, method, parse_rows
 from niwaki.clock import Clock
 from niwaki.errors import InputError
+from niwaki.granularity import Grouped
 from niwaki.recipe import Recipe
 from niwaki.recipe.stages import unroll
-
-# name -> (row of the survey's table, its columns in the survey's own codes, year of the cited work)
-SURVEY = {
-    "iterative_magnitude": (44, "W | it | mag | - | sens | L2", 2015),
-    "train_prune_retrain": (44, "W | it | mag | - | sens | L2", 2015),
-    "gmp": (67, "W | grad | mag | - | uni | -", 2017),
-    "dsd": (61, "W | alt | mag | all | uni | L2", 2017),
-    "acdc": (254, "W/NM | alt | mag | all | glob/uni | -", 2021),
-    "static_erk": (None, "W | init | rand | - | erk | -", 2020),
-    "static_uniform": (None, "W | init | rand | - | uni | -", 2020),
-    "snip": (109, "W | init | gw | - | glob | -", 2019),
-    "lottery_ticket": (110, "W | it | mag | - | uni/glob | -", 2019),
-    "learning_rate_rewinding": (112, "W/U | it | mag | - | glob | -", 2020),
-    "magnitude": (3, "W | post/it | mag | - | glob | -", 1989),
-    "random": (99, "U | it | rand | - | uni | -", 2018),
-    "movement": (161, "W/B | cont | ste | impl | uni/glob | -", 2020),
-    "str": (140, "W | cont | thr | impl | lrn | L2", 2020),
-    "set": (101, "W | dyn | mag | rand | er | -", 2018),
-    "rigl": (119, "W | dyn | mag | grd | er/erk/uni | -", 2020),
-    "top_kast": (120, "W | dyn | mag | sup | uni | exploration", 2020),
-    "filter_l1": (62, "U | post/it | mag | - | sens | -", 2017),
-    "filter_l2": (None, "U | post/it | mag | - | sens | -", 2017),
-    "fpgm": (129, "U | it | sim | impl | uni | -", 2019),
-    "taylor_filters": (66, "U | it | ga | - | glob | -", 2017),
-    "head_importance": (164, "H | it | ga | - | glob | -", 2019),
-    "ssl": (55, "U/S/L | cont | mag | - | lam | GL", 2016),
-    "network_slimming": (65, "U | cont/post | bn | - | glob | L1", 2017),
-    "dropnet": (145, "U | it | amean | - | uni/glob | -", 2020),
-    "prunetrain": (125, "U | cont | mag | - | lam | GL", 2019),
-    "early_bird_channels": (124, "U | init | bn | - | glob | L1", 2020),
-    "layerdrop": (169, "L | rt/cont | rand | - | fix | drop", 2020),
-}
 
 # Published settings, written out as components: slot -> data
 PUBLISHED = {
@@ -66,19 +36,72 @@ PUBLISHED = {
     "str": {"sparsity": None, "relaxation": "soft_threshold"},
     "set": {"saliency": "magnitude", "allocation": "erdos_renyi", "growth": "random", "schedule": "constant"},
     "rigl": {"sparsity": 0.9, "saliency": "magnitude", "allocation": "erdos_renyi_kernel", "growth": "gradient", "schedule": "constant"},
+    "iterative_snip": {"saliency": "snip", "allocation": "global", "schedule": "one_shot"},
+    "force": {"saliency": "snip", "allocation": "global", "schedule": "one_shot"},
+    "grasp": {"saliency": "grasp", "allocation": "global", "schedule": "one_shot"},
+    "synflow": {"saliency": "synflow", "allocation": "global", "schedule": "one_shot"},
+    "random_tickets": {"saliency": "random", "allocation": "smart_ratio", "schedule": "one_shot"},
+    "accumulated_movement": {"saliency": "accumulated_movement", "schedule": "cubic", "relaxation": "hard"},
+    "weight_change": {"saliency": "weight_change", "schedule": "one_shot"},
+    "eigendamage": {"granularity": "eigenbasis", "saliency": "kfac_obd", "allocation": "global"},
+    "gmp_uniform_plus": {"allocation": "uniform_plus", "saliency": "magnitude", "schedule": "cubic"},
+    "flops_magnitude": {"sparsity": None, "allocation": "flops_budget", "normalization": "per_flop", "schedule": "cubic"},
     "top_kast": {"sparsity": 0.9, "relaxation": "latent", "gradient": "superset", "penalty": "exploration_l2", "allocation": "uniform"},
 }
 
-# name -> what the one stage that prunes by score says: its sparsity, granularity, saliency
+# name -> what the one stage that prunes by score says: its sparsity, granularity, saliency, allocation and compensation
 PRUNING_STAGE = {
-    "filter_l1": (0.3, "channel", "magnitude"),
-    "filter_l2": (0.3, "channel", "magnitude"),
-    "fpgm": (0.4, "channel", "similarity"),
-    "taylor_filters": (0.5, "channel", "taylor"),
-    "head_importance": (0.4, "head", "head_importance"),
-    "network_slimming": (0.7, "channel", "norm_scale"),
-    "early_bird_channels": (0.5, "channel", "norm_scale"),
-    "layerdrop": (0.5, "layer", "position"),
+    "supermask": (0.8, "element", "from_init", "uniform", None),
+    "connection_correlation": (0.75, "element", "connection_correlation", "uniform", None),
+    "karnin": (0.5, "element", "karnin", "uniform", None),
+    "obd": (0.6, "element", "obd", "global", None),
+    "optimal_cell_damage": (0.3, "input_channel", "obd", "global", None),
+    "obs": (0.76, "element", "obs", "global", "obs"),
+    "woodfisher": (0.95, "element", "woodfisher", "global", "obs"),
+    "woodtaylor": (0.95, "element", "woodtaylor", "global", "obs"),
+    "mfac": (0.95, "element", "mfac", "global", "obs"),
+    "kfac_obs": (0.9, "element", "kfac_obs", "global", "obs"),
+    "kfac_obd": (0.5, "channel", "kfac_obd", "global", None),
+    "l_obs": (0.9, "element", "l_obs", "error_bound", "obs"),
+    "obc": (0.5, "element", "obc", "uniform", None),
+    "sparsegpt": (0.5, "element", "sparsegpt", "uniform", None),
+    "wanda": (0.5, "element", "wanda", "uniform", None),
+    "skeletonization": (0.3, "channel", "taylor", "uniform", None),
+    "constant_units": (0.2, "channel", "activity_variance", "uniform", "bias_absorb"),
+    "duplicate_units": (0.2, "channel", "correlation", "uniform", "merge"),
+    "subset_selection": (0.3, "channel", "subset_selection", "uniform", "least_squares"),
+    "goodness_factor": (0.3, "channel", "contribution", "uniform", None),
+    "output_sensitivity": (0.3, "channel", "output_sensitivity", "uniform", None),
+    "variance_nullity": (0.3, "channel", "variance_nullity", "uniform", None),
+    "iterative_least_squares": (0.3, "channel", "contribution", "uniform", "least_squares"),
+    "data_free_merging": (0.2, "channel", "merge_cost", "uniform", "merge"),
+    "inbound": (0.3, "channel", "activity_variance", "uniform", None),
+    "apoz": (0.4, "channel", "apoz", "uniform", None),
+    "thinet": (0.5, "channel", "thinet", "uniform", "least_squares"),
+    "lasso_channels": (0.5, "channel", "lasso_channels", "uniform", "least_squares"),
+    "activation_entropy": (0.3, "channel", "entropy", "uniform", None),
+    "diversity_networks": (0.3, "channel", "subset_selection", "uniform", "least_squares"),
+    "nisp": (0.5, "channel", "nisp", "uniform", None),
+    "fisher_pruning": (0.5, "channel", "taylor", "global", None),
+    "importance_estimation": (0.5, "channel", "taylor", "global", None),
+    "gate_decorator": (0.5, "channel", "gate_decorator", "global", None),
+    "pfa": (0.5, "channel", "correlation", "pfa", None),
+    "data_dependent_coreset": (0.5, "element", "coreset", "uniform", "coreset"),
+    "provable_filter_pruning": (0.3, "channel", "coreset", "uniform", "coreset"),
+    "coreset": (0.3, "channel", "coreset", "uniform", "coreset"),
+    "lamp": (0.9, "element", "magnitude", "global", None),
+    "sensitivity_filters": (0.3, "channel", "magnitude", "sensitivity", None),
+    "amc": (0.5, "element", "magnitude", "amc", None),
+    "evolutionary": (0.5, "element", "magnitude", "evolutionary", None),
+    "owl": (0.7, "element", "wanda", "outlier_weighted", None),
+    "filter_l1": (0.3, "channel", "magnitude", "uniform", None),
+    "filter_l2": (0.3, "channel", "magnitude", "uniform", None),
+    "fpgm": (0.4, "channel", "similarity", "uniform", None),
+    "taylor_filters": (0.5, "channel", "taylor", "global", None),
+    "head_importance": (0.4, "head", "head_importance", "global", None),
+    "network_slimming": (0.7, "channel", "norm_scale", "global", None),
+    "early_bird_channels": (0.5, "channel", "norm_scale", "global", None),
+    "layerdrop": (0.5, "layer", "position", "global", None),
 }
 
 STAGED = ("train_prune_retrain", "lottery_ticket", "learning_rate_rewinding")
@@ -87,10 +110,13 @@ STAGED = ("train_prune_retrain", "lottery_ticket", "learning_rate_rewinding")
 STRENGTH = ("ssl", "prunetrain")
 """Rows of stages whose penalty decides the sparsity."""
 
+FIXED = ("two_four", "adaprune", "energy_aware", "spdy")
+"""Rows of stages whose pattern or budget decides the sparsity."""
+
 
 def test_the_catalogue_has_exactly_these_methods():
     assert list(METHODS) == list(SURVEY)
-    assert len(METHODS) == 28
+    assert len(METHODS) == 86
     assert "rigl" in METHODS
     assert "rigel" not in METHODS
     with pytest.raises(TypeError):
@@ -108,9 +134,11 @@ def test_a_row_is_complete(name):
     assert list(words) == ["what", "when", "criterion", "growth", "budget", "regularization"]
     assert all((text == "-") == (codes == ()) for text, (_, codes) in zip(words.values(), row.columns, strict=True))
     assert all(len(text) > 1 or text == "-" for text in words.values())
-    assert re.fullmatch(r"[3467]\.\d", row.section)
+    assert re.fullmatch(r"5|[3467]\.\d", row.section)
     citation = row.citation
-    assert all(len(text) > 3 for text in (row.title, citation.authors, citation.title, citation.venue) if text not in ("STR", "RigL", "SC"))
+    assert all(
+        len(text) > 3 for text in (row.title, citation.authors, citation.title, citation.venue) if text not in ("STR", "RigL", "SC", "OWL")
+    )
     assert str(citation) == f"{citation.authors}. {citation.title}. {citation.venue}, {citation.year}."
     assert row.fidelity in ("exact", "simplified")
     assert row.differs
@@ -185,9 +213,11 @@ def test_the_stages_of_tickets_and_of_retraining():
         assert any("0.893" in note for note in METHODS[name].differs)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SURVEY if name not in ("str", "top_kast", "dropnet", *STAGED, *STRENGTH, *PRUNING_STAGE)]
-)
+OTHER = ("str", "top_kast", "dropnet", "flops_magnitude", "magnitude_threshold")
+"""Rows whose strength, own rounds, budget or threshold decides the sparsity, or whose sparsity others of its fields depend on."""
+
+
+@pytest.mark.parametrize("name", [name for name in SURVEY if name not in (*OTHER, *STAGED, *STRENGTH, *FIXED, *PRUNING_STAGE)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
 def test_a_sparsity_replaces_the_published_one_and_nothing_else(name, sparsity):
     recipe = method(name, sparsity=sparsity)
@@ -196,14 +226,16 @@ def test_a_sparsity_replaces_the_published_one_and_nothing_else(name, sparsity):
 
 
 @pytest.mark.parametrize("name", PRUNING_STAGE)
-def test_structured_rows_prune_in_one_stage_whose_sparsity_can_be_said(name):
+def test_staged_rows_prune_in_one_stage_whose_sparsity_can_be_said(name):
     def pruning(recipe):
         [leaf] = [leaf for leaf in unroll(recipe) if leaf.recipe.final_sparsity is not None]
         return leaf
 
     leaf = pruning(method(name))
-    assert (leaf.recipe.sparsity, leaf.recipe.granularity.name, leaf.recipe.saliency.name) == PRUNING_STAGE[name]
-    assert leaf.finish == "shrink"
+    said = leaf.recipe
+    compensation = said.compensation and said.compensation.name
+    assert (said.sparsity, said.granularity.name, said.saliency.name, said.allocation.name, compensation) == PRUNING_STAGE[name]
+    assert leaf.finish == ("shrink" if isinstance(said.granularity, Grouped) else None)
     changed = method(name, sparsity=0.25)
     assert pruning(changed).recipe.sparsity == 0.25
     before, after = (pruning(recipe).recipe.to_data() for recipe in (method(name), changed))
@@ -233,6 +265,32 @@ def test_penalties_and_thresholds_of_structured_rows():
     for name in STRENGTH:
         with pytest.raises(InputError, match=f"^sparsity: the stages of {name!r} decide it"):
             method(name, sparsity=0.5)
+
+
+def test_rounds_thresholds_and_budgets_of_the_new_rows():
+    def rounds(name):
+        [leaf] = [leaf for leaf in unroll(method(name)) if leaf.recipe.acts]
+        schedule = leaf.recipe.schedule
+        return schedule.rounds, schedule.spacing, schedule.revive
+
+    assert rounds("synflow") == (100, "exponential", False)
+    assert rounds("iterative_snip") == (60, "exponential", False)
+    assert rounds("force") == (60, "exponential", True)
+    [threshold] = [leaf.recipe for leaf in unroll(method("magnitude_threshold")) if leaf.recipe.acts]
+    assert (threshold.saliency.over, threshold.selection.value, threshold.final_sparsity) == ("deviation", 1.0, None)
+    assert method("flops_magnitude").final_sparsity == pytest.approx(0.75)
+    for name, share, cost in (("energy_aware", 0.5, "energy"), ("spdy", 0.5, "flops")):
+        [stage] = [leaf.recipe for leaf in unroll(method(name)) if leaf.recipe.acts]
+        assert (stage.allocation.share, stage.allocation.cost) == (share, cost)
+        with pytest.raises(InputError, match=f"^sparsity: the stages of {name!r} decide it"):
+            method(name, sparsity=0.6)
+    for name in ("two_four", "adaprune"):
+        [stage] = [leaf.recipe for leaf in unroll(method(name)) if leaf.recipe.acts]
+        assert (stage.granularity.to_data(), stage.final_sparsity) == ({"n_m": {"n": 2, "m": 4}}, 0.5)
+    # WoodFisher's schedule for ResNet-50: epochs 1, 6, ... 36 and 40 of 100
+    gradual = unroll(method("woodfisher"))[1].recipe
+    assert list(updates(gradual, 1000, 10)) == [10, 60, 110, 160, 210, 260, 310, 360, 400]
+    assert gradual.saliency.model_dump(exclude={"labels"}) == {"block": 2000, "gradients": 400, "samples_per_gradient": 1, "damping": 1e-5}
 
 
 def test_fields_replace_slots():
@@ -265,13 +323,24 @@ def test_a_final_cut():
     }
     assert method("str", sparsity=0.8, cut=True, allocation="uniform").allocation.name == "uniform"
     assert [name for name, row in METHODS.items() if row.by_strength] == ["str"]
-    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == [*STAGED, "str", "ssl", "dropnet", "prunetrain"]
+    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == [
+        *STAGED,
+        "magnitude_threshold",
+        "two_four",
+        "str",
+        "adaprune",
+        "energy_aware",
+        "spdy",
+        "ssl",
+        "dropnet",
+        "prunetrain",
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"name": "rigel"}, "unknown method 'rigel'; did you mean 'rigl'? choices: acdc, dropnet, dsd, "),
+        ({"name": "rigel"}, "unknown method 'rigel'; did you mean 'rigl'? choices: accumulated_movement, acdc, "),
         (
             {"name": "str", "sparsity": 0.9},
             "sparsity: the strength of 'str' decides it; drop it, or ask for a final exact cut by its learned score (cut=True, or --cut)",

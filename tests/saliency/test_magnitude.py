@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from niwaki.component import build
 from niwaki.errors import InputError
+from niwaki.granularity import Block, Element
+from niwaki.layout import Layout
+from niwaki.pieces import Grid
 from niwaki.saliency import Magnitude, Observation
 
 
@@ -74,5 +78,29 @@ def test_recipe():
     l2 = build("saliency", {"magnitude": {"norm": "l2"}})
     assert l2 == Magnitude(norm="l2")
     assert build("saliency", l2.to_data()) == l2
-    with pytest.raises(InputError, match="'l1' or 'l2'"):
+    with pytest.raises(InputError, match="'l1', 'l2' or 'max'"):
         build("saliency", {"magnitude": {"norm": "l3"}})
+
+
+def test_largest_weight_of_a_piece():
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    layout = Layout(("output", "input"), (6, 8))
+    found = Magnitude(norm="max").score(Observation("w", weight), Grid(Block(rows=2, columns=4), layout))
+    expected = [[max(abs(float(weight[r, c])) for r in (i, i + 1) for c in range(j, j + 4)) for j in (0, 4)] for i in (0, 2, 4)]
+    assert found.tolist() == expected
+    assert Magnitude(norm="max").score(Observation("w", weight), Grid(Element(), layout)).tolist() == weight.abs().tolist()
+
+
+def test_size_in_standard_deviations_of_the_active_weights():
+    weight = 0.3 + 0.1 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    component = Magnitude(over="deviation")
+    found = component.score(Observation("w", weight), identity)
+    torch.testing.assert_close(found, weight.abs() / float(np.std(weight.numpy())), rtol=1e-13, atol=0)
+    assert int((found < 2.5).sum()) == int((weight.abs() < 2.5 * np.std(weight.numpy())).sum())  # Han's threshold q std(w)
+    active = torch.rand(5, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    masked = weight * active
+    found = component.score(Observation("w", masked, active=active), identity)
+    torch.testing.assert_close(found[active], masked[active].abs() / float(np.std(masked[active].numpy())), rtol=1e-13, atol=0)
+    found = Magnitude(norm="l2", over="deviation").score(Observation("w", weight), rows)
+    torch.testing.assert_close(found, weight.norm(dim=1) / float(np.std(weight.numpy())), rtol=1e-13, atol=0)
+    assert component.score(Observation("w", torch.full((2, 2), 3.0)), identity).tolist() == [[3.0, 3.0]] * 2

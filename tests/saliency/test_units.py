@@ -13,6 +13,7 @@ from niwaki.granularity import Block, InputChannel, OutputChannel
 from niwaki.layout import Layout
 from niwaki.pieces import Grid
 from niwaki.saliency import Activity, HeadImportance, NormScale, Observation, Position, Similarity, similarity
+from niwaki.statistics import InputSize
 
 CONVOLUTION = Layout(("output", "input", "kernel", "kernel"), (7, 3, 2, 2))
 
@@ -99,21 +100,24 @@ def test_activity_is_the_mean_over_data_and_entries():
     def reduce(values):
         return torch.zeros(4, dtype=torch.float64).index_add(0, units, values.sum(0).double())
 
-    found = Activity().score(Observation("fc.weight", torch.zeros(9, 6), activity=activity), reduce)
+    found = Activity().score(Observation("fc.weight", torch.zeros(9, 6), statistics={InputSize(): activity}), reduce)
     expected = [sum(abs(float(row[c])) for row in data for c in (2 * u, 2 * u + 1)) / 100 for u in range(3)]
     assert found.tolist() == pytest.approx([*expected, 0.0], rel=1e-13)  # the fourth unit has no entries here
     assert Activity.scored_on == "inputs"
-    assert Activity.needs == {"activity"}
+    assert Activity.of_units
+    assert Activity().statistics == (InputSize(),)
 
 
 def test_activity_of_the_inputs_of_a_convolution():
     activity = torch.tensor([1.0, 5.0, 2.0]).view(1, 3, 1, 1)
-    found = Activity().score(Observation("w", torch.zeros(7, 3, 2, 2), activity=activity), Grid(InputChannel(), CONVOLUTION))
+    found = Activity().score(
+        Observation("w", torch.zeros(7, 3, 2, 2), statistics={InputSize(): activity}), Grid(InputChannel(), CONVOLUTION)
+    )
     assert found.flatten().tolist() == [1.0, 5.0, 2.0]
 
 
 def test_a_missing_activity_is_told():
-    with pytest.raises(InputError, match=r"saliency activity: 'fc\.weight' has no activity at step 0"):
+    with pytest.raises(InputError, match=r"fc\.weight: its InputSize was not collected at step 0"):
         Activity().score(Observation("fc.weight", torch.ones(2, 2)), lambda values: values)
 
 
@@ -159,7 +163,9 @@ def test_head_importance_is_the_gradient_of_a_gate_on_each_head():
         products = (model.heads.detach() * model.heads.grad).sum((0, 2, 3)).abs()  # |A^T dL/dA| of each head
         torch.testing.assert_close(found, products, rtol=1e-10, atol=1e-16)
     assert HeadImportance.scored_on == "inputs"
-    assert {"gradient", "batch_gradients"} >= HeadImportance.needs >= {"batch_gradients"}
+    assert HeadImportance.needs == {"gradient"}
+    assert HeadImportance().averages == "batch"
+    assert HeadImportance(over="sample").averages == "sample"
 
 
 def test_head_importance_needs_a_gradient():

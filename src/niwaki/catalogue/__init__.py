@@ -21,8 +21,9 @@ from niwaki.recipe import Recipe, Slots, Stage, combinations, text
 from niwaki.recipe.strict import Strict
 from niwaki.relaxation import Relaxation
 
-CHAPTERS = ("schedules", "removal", "regrowth", "structured")
-"""The data files: the survey's chapters 3, 4 and 6, and structured methods of all chapters."""
+CHAPTERS = ("schedules", "initialization", "removal", "second_order", "layerwise", "units", "budgets", "regrowth", "structured")
+"""The data files: the survey's chapters 3 (training, and before it), 4 (weights; to second order; layer by layer; units), 5 and 6, and
+structured methods of all chapters."""
 
 Text = Annotated[str, Field(min_length=1)]
 Codes = tuple[str, ...]

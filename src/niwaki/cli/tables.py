@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -22,8 +22,10 @@ from niwaki.report.words import change, deviation, difference
 
 if TYPE_CHECKING:
     from niwaki.catalogue import Method
+    from niwaki.component import Component
     from niwaki.dependency import Groups
     from niwaki.dry_run import Plan
+    from niwaki.recipe import Recipe
     from niwaki.recipe.stages import Leaf
     from niwaki.training.jobs import Job
     from niwaki.training.record import Measure, Record, Results
@@ -256,12 +258,29 @@ def print_method(method: Method) -> None:
         out.print()
     out.print(Text("recipe", style="bold"))
     out.print(Padding(Syntax(method.recipe.to_yaml().rstrip(), "yaml", theme="ansi_dark", background_color="default"), (0, 0, 0, 2)))
-    equations = [(slot, type(c)) for slot, c in method.recipe.components() if slot in method.recipe.given and type(c).equation]
+    equations = {(slot, type(c)): None for slot, c in _components(method.recipe) if type(c).equation}
     if equations:
         out.print()
         out.print(Text("equations", style="bold"))
         for slot, component in equations:
             out.print(Padding(Text.assemble((f"{slot} {component.name}: ", "bold dim"), component.equation), (0, 0, 0, 2)))
+            for what, said in (("cost", component.effort), ("use it for", component.advice)):
+                if said:
+                    out.print(Padding(Text.assemble((f"{what}: ", "dim"), said), (0, 0, 0, 4)))
+
+
+def _components(recipe: Recipe) -> Iterator[tuple[str, Component]]:
+    """Yield what a recipe, or its stages, say, stage by stage, each in the order of the vocabulary."""
+    from niwaki.component import Component
+    from niwaki.recipe.stages import unroll
+    from niwaki.recipe.vocabulary import DEFAULTS
+
+    for leaf in unroll(recipe):
+        for said in (leaf.recipe, leaf.prune):
+            for slot in DEFAULTS:
+                component = getattr(said, slot, None)
+                if said is not None and slot in said.model_fields_set and isinstance(component, Component):
+                    yield slot, component
 
 
 def print_rows(title: str, about: str, table: Table, notes: Iterable[str] = ()) -> None:

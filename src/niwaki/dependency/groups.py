@@ -15,9 +15,10 @@ from torch import nn
 
 from niwaki.dependency.axes import Axis, Misaligned, pin, positions, unify
 from niwaki.dependency.layers import find_layers
-from niwaki.dependency.member import COLUMNS, Group, Kind, Member, Role
+from niwaki.dependency.member import COLUMNS, Group, Member, Role
 from niwaki.dependency.trace import Declared, Example, Traced, trace
 from niwaki.errors import InputError, did_you_mean
+from niwaki.granularity import Kind
 from niwaki.masks import canonical_name
 
 if TYPE_CHECKING:

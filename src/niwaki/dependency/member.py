@@ -9,13 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from niwaki.granularity import Kind
+
 Role = Literal["output", "input", "along"]
 """Of a dimension: its entries are made by the weight, read by it, or ride along (biases, normalizations, depthwise weights, buffers)."""
 
-Kind = Literal["channel", "channel_group", "head", "query_head", "head_dim", "layer"]
-"""``channel``: channels, neurons, hidden units. ``channel_group``: all channels of a group of a grouped convolution, where those inside
-can be removed too. ``head``: heads of attention, with their keys and values. ``query_head``: one query head of each key head.
-``head_dim``: dimensions inside heads. ``layer``: whole residual blocks."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,22 +4,26 @@ A granularity of one tensor is a block: how far one piece reaches along each dim
 blocks and split, so that a sum over the pieces and the way back from pieces to elements are the same few lines for all of them. Pieces
 are numbered row-major in the weight's own dimension order.
 
-The pieces of a grouped granularity are units of dependency groups, which have entries in many tensors.
+The pieces of a grouped granularity are units of dependency groups, which have entries in many tensors. Those of ``eigenbasis`` are no
+weights at all.
 """
 
 from niwaki.granularity.base import Granularity
 from niwaki.granularity.blocks import Block, Element, InputChannel, Kernel, OutputChannel, PatternNM, Vector
-from niwaki.granularity.units import Channel, Grouped, Head, WholeLayer
+from niwaki.granularity.eigenbasis import Eigenbasis
+from niwaki.granularity.units import Channel, Grouped, Head, Kind, WholeLayer
 
 __all__ = [
     "Block",
     "Channel",
+    "Eigenbasis",
     "Element",
     "Granularity",
     "Grouped",
     "Head",
     "InputChannel",
     "Kernel",
+    "Kind",
     "OutputChannel",
     "PatternNM",
     "Vector",

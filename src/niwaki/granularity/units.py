@@ -11,7 +11,9 @@ from niwaki.errors import InputError
 from niwaki.granularity.base import Granularity
 
 Kind = Literal["channel", "channel_group", "head", "query_head", "head_dim", "layer"]
-"""What the units of a dependency group are."""
+"""What the units of a dependency group are. ``channel``: channels, neurons, hidden units. ``channel_group``: all channels of a group of a
+grouped convolution, where those inside can be removed too. ``head``: heads of attention, with their keys and values. ``query_head``: one
+query head of each key head. ``head_dim``: dimensions inside heads. ``layer``: whole residual blocks."""
 
 
 class Grouped(Granularity):

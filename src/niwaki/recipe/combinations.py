@@ -12,6 +12,7 @@ from niwaki.gradient import Superset
 from niwaki.granularity import Grouped
 from niwaki.growth import DropAndGrow
 from niwaki.relaxation import Dropout, Relaxation
+from niwaki.saliency import GroupSaliency, Saliency
 from niwaki.schedule import Constant, Listed, OneShot, Phases, Ramp
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def fixed_sparsity(recipe: Slots) -> tuple[str, float] | None:
         return f"granularity.{recipe.granularity.name}", recipe.granularity.sparsity
     if isinstance(recipe.schedule, Listed):
         return "schedule.list", recipe.schedule.sparsity[-1]
+    if known(recipe.allocation) and recipe.allocation.budget is not None:
+        return f"allocation.{recipe.allocation.name}", 1.0 - recipe.allocation.budget
     return None
 
 
@@ -279,20 +282,21 @@ def scores_are_of_units(recipe: Slots, given: Collection[str]) -> str | None:
         return (
             f"saliency: {saliency.name!r} reads the scales of normalizations, and granularity {granularity!r} has none; choices: {choices}"
         )
-    if "activity" in saliency.needs and granularity != "input_channel":
-        choices = "channel, group, head, input_channel"
+    if saliency.of_units and (granularity != "input_channel" or isinstance(saliency, GroupSaliency)):
+        choices = "channel, group, head" + ("" if isinstance(saliency, GroupSaliency) else ", input_channel")
         return f"granularity: {granularity!r} has no activity of its own, which saliency {saliency.name!r} reads; choices: {choices}"
     return None
 
 
 def similar_units_share_a_tensor(recipe: Slots, given: Collection[str]) -> str | None:
     """Units are compared within one tensor, and the tensors of a residual block are its own."""
-    if not recipe.selects or recipe.saliency.name != "similarity" or not isinstance(recipe.granularity, Grouped):
+    compares = ("similarity", "merge_cost", "correlation", "subset_selection", "coreset")
+    if not recipe.selects or recipe.saliency.name not in compares or not isinstance(recipe.granularity, Grouped):
         return None
     if "layer" not in recipe.granularity.kinds:
         return None
-    choices = "magnitude, taylor, head_importance, position, random"
-    return f"saliency: 'similarity' compares the units of one tensor, and a tensor belongs to one layer; choices: {choices}"
+    saliency, choices = recipe.saliency.name, "magnitude, taylor, head_importance, position, random"
+    return f"saliency: {saliency!r} compares the units of one tensor, and a tensor belongs to one layer; choices: {choices}"
 
 
 def pieces_are_groups(recipe: Slots, given: Collection[str]) -> str | None:
@@ -334,6 +338,87 @@ def penalty_has_superset(recipe: Slots, given: Collection[str]) -> str | None:
     return f"penalty: 'exploration_l2' needs gradient: {{superset: {{sparsity: S}}}}, not {recipe.gradient.name!r}"
 
 
+def layers_are_solved(recipe: Slots, given: Collection[str]) -> str | None:
+    """A saliency that chooses mask and weights of a layer together needs its count beforehand, and single weights."""
+    if not recipe.selects or not recipe.saliency.solves:
+        return None
+    saliency = recipe.saliency.name
+    if recipe.granularity.name not in ("element", "n_m"):
+        granularity = recipe.granularity.name
+        return f"granularity: saliency {saliency!r} chooses single weights, not pieces of {granularity!r}; choices: element, 2:4"
+    if recipe.allocation.joint:
+        allocation, choices = recipe.allocation.name, _choices("allocation", lambda cls: not getattr(cls, "joint"))  # noqa: B009
+        return f"allocation: saliency {saliency!r} solves layer by layer, and {allocation!r} ranks all together; choices: {choices}"
+    if "scores" in recipe.allocation.wants:
+        return f"allocation: {recipe.allocation.name!r} looks at scores, and saliency {saliency!r} has none; choices: uniform, explicit"
+    if recipe.normalization.name != "none":
+        return f"normalization: {recipe.normalization.name!r} has no effect, as saliency {saliency!r} compares within a layer; drop it"
+    if recipe.compensation is not None:
+        other = name_of(recipe.compensation)
+        return f"compensation: {other!r} has no effect, as saliency {saliency!r} gives survivors their weights; drop it"
+    if recipe.growth.name != "none" or recipe.relaxation.keeps_dense_weights:
+        return f"saliency: {saliency!r} changes weights for good, so that nothing can come back; choices: growth: none, relaxation: hard"
+    return None
+
+
+def rows_are_of_weights(recipe: Slots, given: Collection[str]) -> str | None:
+    """Rows are shared out among single weights."""
+    if not recipe.allocation.by_row or not recipe.selects:
+        return None
+    if recipe.granularity.name == "element" and recipe.selection.name == "top_k" and not recipe.growth.grows:
+        return None
+    return "allocation.uniform.per: 'row' is of single weights that are not exchanged; choices: per: tensor, or granularity element"
+
+
+def survivors_are_hard(recipe: Slots, given: Collection[str]) -> str | None:
+    """What survivors are given must stay what it is, and must have been asked for."""
+    assert recipe.compensation is not None
+    compensation = recipe.compensation
+    if not recipe.selects:
+        return f"compensation: {compensation.name!r} is about what goes, and nothing is masked; add a sparsity"
+    if recipe.relaxation.keeps_dense_weights:
+        relaxation = recipe.relaxation.name
+        return f"compensation: {compensation.name!r} is of weights that go, and relaxation {relaxation!r} keeps them; choices: hard"
+    if getattr(recipe.schedule, "revive", False) and not compensation.recalibrates:
+        return f"compensation: {compensation.name!r} cannot be taken back, as the rounds of schedule.one_shot.revive do; drop one"
+    if compensation.needs_curvature and not has_curvature(recipe.saliency):
+        choices = _choices("saliency", lambda cls: issubclass(cls, Saliency) and cls.curvature is not Saliency.curvature)
+        saliency = recipe.saliency.name
+        return f"compensation: {compensation.name!r} needs a saliency with a curvature, not {saliency!r}; choices: {choices}"
+    if compensation.needs_units and not isinstance(recipe.granularity, Grouped):
+        granularity = recipe.granularity.name
+        return f"compensation: {compensation.name!r} is about units, not pieces of {granularity!r}; choices: channel, head, group"
+    return None
+
+
+def has_curvature(saliency: Saliency) -> bool:
+    """Return whether a saliency builds a quadratic model of the loss."""
+    return type(saliency).curvature is not Saliency.curvature
+
+
+def redistribution_grows(recipe: Slots, given: Collection[str]) -> str | None:
+    """What is redistributed is what grows back."""
+    if "survivors" not in recipe.allocation.wants or not recipe.selects or isinstance(recipe.growth, DropAndGrow):
+        return None
+    choices = _choices("growth", lambda cls: issubclass(cls, DropAndGrow))
+    return (
+        f"allocation: {recipe.allocation.name!r} shares out what grows back, and growth {recipe.growth.name!r} does not; choices: {choices}"
+    )
+
+
+def coresets_are_whole(recipe: Slots, given: Collection[str]) -> str | None:
+    """Weights of a sample only mean something for the sample that they were drawn with."""
+    sampled, reweighted = recipe.saliency.name == "coreset", name_of(recipe.compensation) if recipe.compensation is not None else ""
+    if sampled and recipe.selects and recipe.allocation.joint:
+        return "allocation: saliency 'coreset' draws from each layer by itself, and 'global' ranks all together; choices: uniform, explicit"
+    if reweighted == "coreset" and (
+        not sampled
+        or any(getattr(recipe.compensation, field, None) != getattr(recipe.saliency, field, None) for field in ("bound", "examples"))
+    ):
+        return "compensation: 'coreset' gives a sample the weights that it was drawn with: saliency: coreset with the same fields"
+    return None
+
+
 def memory_has_gradients(recipe: Slots, given: Collection[str]) -> str | None:
     """Only what is sent has a remainder that was not."""
     if recipe.memory is None or name_of(recipe.target) == "gradients":
@@ -364,6 +449,11 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Slots, Collection[str]], str | Non
     (("penalty", "granularity"), pieces_are_groups),
     (("relaxation", "granularity"), units_share_masks),
     (("relaxation", "granularity"), rescaling_is_linear),
+    (("selection", "saliency", "granularity", "allocation", "normalization", "growth", "relaxation"), layers_are_solved),
+    (("allocation", "granularity", "selection", "growth"), rows_are_of_weights),
+    (("compensation", "saliency", "granularity", "relaxation", "schedule"), survivors_are_hard),
+    (("selection", "growth", "allocation"), redistribution_grows),
+    (("saliency", "allocation", "selection"), coresets_are_whole),
     ((), memory_has_gradients),
 )
 """The slots that a rule is about, and the rule; the first one that is broken is told."""

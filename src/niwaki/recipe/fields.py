@@ -128,6 +128,7 @@ class Prune(Strict):
     normalization: v.NormalizationField = Field(default_factory=lambda: v.default("normalization"))  # type: ignore[assignment]
     allocation: v.AllocationField = Field(default_factory=lambda: v.default("allocation"))  # type: ignore[assignment]
     selection: v.SelectionField = Field(default_factory=lambda: v.default("selection"))  # type: ignore[assignment]
+    compensation: v.CompensationField = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,6 +12,7 @@ from niwaki.objective import Objective
 from niwaki.recipe.combinations import RANKING
 from niwaki.recipe.fields import Prune, Restore, Slots, Stage, in_words
 from niwaki.recipe.recipe import Recipe
+from niwaki.schedule import OneShot
 from niwaki.selection import kept
 
 
@@ -128,8 +129,11 @@ def once(recipe: Recipe) -> Recipe:
         said = saying[0].filled(around)
     if said.final_sparsity is None:
         raise InputError("sparsity: missing; to mask at once, say how much")
-    kept = ("sparsity", "target", "granularity", "saliency", "normalization", "allocation", "selection")
-    return Recipe(**{field: getattr(said, field) for field in kept if field in said.given}, schedule="one_shot")
+    kept = ("sparsity", "target", "granularity", "saliency", "normalization", "allocation", "selection", "compensation")
+    schedule = OneShot()
+    if isinstance(said.schedule, OneShot) and said.schedule.rounds > 1:
+        schedule = OneShot(rounds=said.schedule.rounds, spacing=said.schedule.spacing, revive=said.schedule.revive)
+    return Recipe(**{field: getattr(said, field) for field in kept if field in said.given}, schedule=schedule)
 
 
 def _leaves(stages: Sequence[Stage]) -> list[Stage]:

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field, PlainSerializer, PlainValidator
 
 from niwaki.allocation import Allocation
+from niwaki.compensation import Compensation
 from niwaki.component import Component, build
 from niwaki.gradient import GradientPolicy
 from niwaki.granularity import Granularity
@@ -103,6 +104,6 @@ GrowthField = Annotated[Growth, _read("growth"), _data]
 GradientField = Annotated[GradientPolicy, _read("gradient"), _data]
 RelaxationField = Annotated[Relaxation, _read("relaxation"), _data]
 PenaltyField = Annotated[Penalty | None, _read_optional("penalty"), _data]
-CompensationField = Annotated[Component | None, _read_optional("compensation"), _data]
+CompensationField = Annotated[Compensation | None, _read_optional("compensation"), _data]
 ObjectiveField = Annotated[Objective | None, _read_optional("objective"), _data]
 MemoryField = Annotated[Component | None, _read_optional("memory"), _data]

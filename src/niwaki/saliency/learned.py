@@ -19,6 +19,8 @@ class Score(Saliency):
     name = "score"
     equation = "s = Σ learned score over the piece"
     source = "Sanh et al. 2020"
+    effort = "a trained number for each weight"
+    advice = "fine-tuning of pretrained models, with a relaxation that learns scores"
     needs = frozenset({"score"})
 
     def score(self, seen: Observation, reduce: Reduce) -> Tensor:

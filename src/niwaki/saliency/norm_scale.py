@@ -24,6 +24,8 @@ class NormScale(Saliency):
     name = "norm_scale"
     equation = "s = |scale|"
     source = "Liu et al. 2017"
+    effort = "none: the scales as they are"
+    advice = "channels behind normalizations, after training with an L1 penalty on the scales"
     scored_on: ClassVar[Scored] = "norms"
 
     def score(self, seen: Observation, reduce: Reduce) -> Tensor:

@@ -25,6 +25,8 @@ class Position(Saliency):
     name = "position"
     equation = "s_i = 1 - Σ_b bit_b(i) 2^-(b+1)"
     source = "Fan et al. 2020 (every other); van der Corput 1935"
+    effort = "none"
+    advice = "blocks of networks that were trained to do without some of them"
 
     def score(self, seen: Observation, reduce: Reduce) -> Tensor:
         """Return float64 scores in (0, 1], the same for any content."""

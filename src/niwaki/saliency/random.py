@@ -23,6 +23,8 @@ class Random(Saliency):
     name = "random"
     equation = "s = uniform in [0, 1)"
     source = "Mittal et al. 2018"
+    effort = "none"
+    advice = "the baseline that every criterion has to beat at equal training, and masks before training"
 
     def score(self, seen: Observation, reduce: Reduce) -> Tensor:
         """Return float64 numbers in [0, 1)."""

@@ -30,6 +30,10 @@ class Schedule(Component):
         """
         raise NotImplementedError
 
+    def sparsities(self, sparsity: float) -> list[float]:
+        """Return the sparsities of the rounds that an update to ``sparsity`` goes through, without training between them."""
+        return [sparsity]
+
     def last(self, clock: Clock) -> int:
         """Return the last step before which masks are updated."""
         raise NotImplementedError

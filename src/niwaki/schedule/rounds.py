@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from niwaki.clock import Clock, TimeField
 from niwaki.errors import InputError
@@ -13,22 +13,44 @@ from niwaki.schedule.ramp import exponential
 
 
 class OneShot(Schedule):
-    """One update.
+    """One update, at once or in rounds without training between them.
+
+    Rounds score anew what the round before has left, at sparsities that remove the same share of it each (or the same number).
 
     Attributes:
         at: when. (In Python the field is ``moment``, for ``at`` is the method.)
+        rounds: ``R``, at least 1.
+        spacing: the same share of what remains in every round, or the same number of pieces.
+        revive: whether a round may take back what an earlier one has removed: the weights before the first round are then scored, with
+            the gradients of the network as the last round has left it (de Jorge et al. 2020, FORCE).
 
     >>> OneShot(at="500 steps").at(500, 0.9, Clock())
     0.9
+    >>> [round(s, 3) for s in OneShot(rounds=2).sparsities(0.99)]
+    [0.9, 0.99]
     """
 
     model_config = ConfigDict(populate_by_name=False)
 
     name = "one_shot"
-    equation = "s_t = S at one step"
-    source = "the simplest schedule; LeCun, Denker, Solla 1989"
+    equation = "s_t = S at one step; in rounds 1 - s_r = (1 - S)^(r / R)"
+    source = "the simplest schedule; LeCun, Denker, Solla 1989; in rounds: Tanaka et al. 2020 (SynFlow)"
 
     moment: TimeField = Field(default=BEGIN, alias="at")
+    rounds: Annotated[int, Field(ge=1)] = 1
+    spacing: Literal["exponential", "linear"] = "exponential"
+    revive: bool = False
+
+    @model_validator(mode="after")
+    def _revives_in_rounds(self) -> Self:
+        if self.revive and self.rounds == 1:
+            raise InputError("revive: there is nothing to take back in a single round; say rounds, such as 100")
+        return self
+
+    def sparsities(self, sparsity: float) -> list[float]:  # noqa: D102
+        shares = [r / self.rounds for r in range(1, self.rounds)]
+        way = [share * sparsity if self.spacing == "linear" else exponential(0.0, sparsity, share) for share in shares]
+        return [*(min(max(s, 0.0), sparsity) for s in way), sparsity]
 
     def at(self, step: int, sparsity: float, clock: Clock) -> float | None:  # noqa: D102
         return sparsity if step == clock.steps(self.moment) else None

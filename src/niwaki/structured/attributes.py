@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from niwaki.dependency import Kind
+from niwaki.granularity import Kind
 from niwaki.removed import named_modules, rule_of, set_attribute, settings_of
 
 HEADS = frozenset(
@@ -103,7 +103,7 @@ def candidates(model: nn.Module, change: Change, names: Iterable[str]) -> list[C
     """Return the numbers of modules, and of what they share with others, that may follow."""
     found = []
     for name, owner in owners(model, names).items():
-        if rule_of(owner) is not None and not isinstance(owner, nn.MultiheadAttention):
+        if rule_of(owner) is not None:
             continue
         inside = f"{name}." if name and isinstance(owner, nn.Module) else ""
         widths = {old: new for tensor, sizes in change.widths.items() if tensor.startswith(inside) for old, new in sizes.items()}

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from niwaki.dependency import Example, Group, Kind, Role
+from niwaki.dependency import Example, Group, Role
 from niwaki.errors import InputError, NiwakiError
+from niwaki.granularity import Kind
 from niwaki.masks import Masks
 from niwaki.removed import Removed, compose, cut, follow_shapes, is_container, named_modules, named_tensors, replay, resolve, set_attribute
 from niwaki.structured import attributes as numbers
@@ -192,24 +193,8 @@ class Removal:
                     f" for each of the {size} entries along dimension {member.dim}, below the group's size {group.size}"
                 )
             parts.append(Part(name, member.dim, units, member.role))
-        return Units(group.name, group.kind, group.size, parts, group.reason or self._rigid(group.kind, parts))
-
-    def _rigid(self, kind: Kind, parts: Sequence[Part]) -> str:
-        """Return why a module that units belong to cannot have fewer of them, or nothing."""
-        if kind == "layer":
-            return ""
-        if not any(part.role == "output" for part in parts):
-            return "no weight makes them"
-        modules = named_modules(self.model)
-        free = {("k_proj_weight", 1), ("v_proj_weight", 1)}  # of other widths than the module's own
-        for part in parts:
-            owner, _, own = part.name.rpartition(".")
-            if isinstance(modules.get(owner), nn.MultiheadAttention) and (own, part.dim) not in free:
-                return f"torch.nn.MultiheadAttention ({owner}) needs heads × dimensions = inputs"
-            inside = modules.get(owner.rpartition(".")[0])
-            if isinstance(inside, nn.MultiheadAttention) and (own, part.dim, part.role) == ("weight", 1, "input"):
-                return f"torch.nn.MultiheadAttention ({owner.rpartition('.')[0]}) needs heads × dimensions = inputs"
-        return ""
+        made = group.kind == "layer" or any(part.role == "output" for part in parts)
+        return Units(group.name, group.kind, group.size, parts, group.reason or ("" if made else "no weight makes them"))
 
     # ------------------------------------------------------------------ blocks
 
@@ -551,5 +536,7 @@ class Removal:
             count = int(idle.sum())
             if count and (makers or readers or group.kind == "layer"):
                 why = group.reason or ("it is excluded" if group.name in self.limits.excluded else "")
+                if not why and count == group.size:
+                    why = "all of them are masked, and at least one has to stay"
                 why = why or "what they are without weights cannot be folded into what reads them, or some have to stay"
                 self.notes.append(f"{group.name}: {count} masked {'unit was' if count == 1 else 'units were'} not removed: {why}")

@@ -8,6 +8,7 @@ similar units the sum is the best that can be done without data (Srinivas & Babu
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,29 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from niwaki.alike import Merge, merges, places
 from niwaki.dependency import Example, Group, Member, find_groups
 from niwaki.errors import InputError, did_you_mean
 from niwaki.masks import Masks
 from niwaki.removed import named_modules, named_tensors
 from niwaki.structured.costs import unit_masks
 from niwaki.structured.running import difference, evaluating, run
-
-
-@dataclass(frozen=True)
-class Merge:
-    """One unit that went.
-
-    Attributes:
-        unit: that went.
-        into: unit that took its outgoing weights over.
-        scale: by which they were multiplied.
-        saliency: ``s``, the squared change that this makes of what is read, for inputs of size 1.
-    """
-
-    unit: int
-    into: int
-    scale: float
-    saliency: float
 
 
 @dataclass(frozen=True)
@@ -103,72 +88,35 @@ def merge(model: nn.Module, widths: Mapping[str, int], example: Example, *, grou
 def _merge_group(model: nn.Module, group: Group, width: int, example: Example) -> tuple[list[Merge], Tensor]:
     """Merge units of one group in place; return what was merged, and which units stay (bool)."""
     tensors = named_tensors(model)
-    places = {member: _places(member, group) for member in group.members}
+    entries = {m: places(m.units, group.size, f"widths: units of {group.name} in {m.name}") for m in group.members}
     if {(m.name, m.dim) for m in group.made_by()} & {(m.name, m.dim) for m in group.read_by()}:
         raise InputError(f"widths: what makes the units of {group.name} reads them too (tied weights); they cannot be merged")
     if len({(m.name, m.dim) for m in group.read_by()}) < len(group.read_by()):
         raise InputError(
             f"widths: units of {group.name} are multiplied with each other before they are read, so that they cannot be merged"
         )
-    makes = _folded(model, group, tensors, places)
+    makes = _folded(model, group, tensors, entries)
     scales = makes is not None and _is_homogeneous(model, group, example)
-    made = torch.cat([_slices(tensors, m, places) for m in group.members if m.role != "input"], dim=1) if makes is None else makes
-    read = torch.cat([_slices(tensors, m, places) for m in group.read_by()], dim=1) if group.read_by() else made.new_zeros(group.size, 0)
-    distances, factors = _distances(made, scales)
-    distances.fill_diagonal_(torch.inf)
-    nearest, into = distances.min(dim=0)
+    made = torch.cat([_slices(tensors, m, entries) for m in group.members if m.role != "input"], dim=1) if makes is None else makes
+    read = torch.cat([_slices(tensors, m, entries) for m in group.read_by()], dim=1) if group.read_by() else made.new_zeros(group.size, 0)
     alone = torch.ones(group.size, dtype=torch.bool)
-    merges = []
-    while int(alone.sum()) > width:
-        saliency = (read.square().sum(dim=1) * nearest).masked_fill(~alone, torch.inf)
-        unit = int(saliency.argmin())
-        target = int(into[unit])
-        factor = float(factors[target, unit])
-        read[target] += factor * read[unit]
-        alone[unit] = False
-        merges.append(Merge(unit, target, factor, float(saliency[unit])))
-        distances[unit] = torch.inf  # nobody merges into it any more
-        left = (into == unit) & alone
-        nearest[left], into[left] = distances[:, left].min(dim=0)
+    found = list(itertools.islice(merges(made, read, alone, scales), group.size - width))
     begin = 0
     for member in group.read_by():
-        tensor, place = tensors[member.name], places[member]
+        tensor, place = tensors[member.name], entries[member]
         moved = tensor.movedim(member.dim, 0)
         size = moved[place].flatten(1).shape[1]
         moved[place] = read[:, begin : begin + size].view(moved[place].shape).to(moved)
         begin += size
-    return merges, alone
+    return found, alone
 
 
-def _distances(made: Tensor, scales: bool) -> tuple[Tensor, Tensor]:
-    """Return ``‖c w_i - w_j‖²`` and c for all units i and j."""
-    if not scales:
-        return torch.cdist(made, made, compute_mode="donot_use_mm_for_euclid_dist").square(), made.new_ones(len(made), len(made))
-    products, norms = made @ made.T, made.square().sum(dim=1)
-    factors = (products / norms[:, None].where(norms[:, None] > 0, 1.0)).clamp(min=0.0)
-    distances = torch.stack([(factors[:, j, None] * made - made[j]).square().sum(dim=1) for j in range(len(made))], dim=1)
-    return distances, factors
-
-
-def _places(member: Member, group: Group) -> Tensor:
-    """Return the entries of every unit: ``[units, entries of one]``.
-
-    Raises:
-        InputError: units have different numbers of entries.
-    """
-    counts = torch.bincount(member.units[member.units >= 0], minlength=group.size)
-    if counts.min() != counts.max():
-        raise InputError(f"widths: units of {group.name} have different numbers of entries in {member.name}, and cannot be compared")
-    order = member.units.argsort(stable=True)
-    return order[member.units[order] >= 0].view(group.size, -1)
-
-
-def _slices(tensors: Mapping[str, Tensor], member: Member, places: Mapping[Member, Tensor]) -> Tensor:
+def _slices(tensors: Mapping[str, Tensor], member: Member, entries: Mapping[Member, Tensor]) -> Tensor:
     """Return what every unit has in a member, in float64: ``[units, elements of one]``."""
-    return tensors[member.name].detach().cpu().movedim(member.dim, 0)[places[member]].flatten(1).to(torch.float64)
+    return tensors[member.name].detach().cpu().movedim(member.dim, 0)[entries[member]].flatten(1).to(torch.float64)
 
 
-def _folded(model: nn.Module, group: Group, tensors: Mapping[str, Tensor], places: Mapping[Member, Tensor]) -> Tensor | None:
+def _folded(model: nn.Module, group: Group, tensors: Mapping[str, Tensor], entries: Mapping[Member, Tensor]) -> Tensor | None:
     """Return weights and bias of every unit with the batch normalization behind them folded in: ``[units, inputs + 1]``.
 
     With scale g, shift s, mean m and variance v: ``g w / √(v + ε)`` and ``s + g (b - m) / √(v + ε)``. None where the units are made, or
@@ -178,8 +126,8 @@ def _folded(model: nn.Module, group: Group, tensors: Mapping[str, Tensor], place
     if chain is None:
         return None
     maker, bias, norm = chain
-    weight = _slices(tensors, maker, places)
-    offset = weight.new_zeros(group.size, 1) if bias is None else _slices(tensors, bias, places)
+    weight = _slices(tensors, maker, entries)
+    offset = weight.new_zeros(group.size, 1) if bias is None else _slices(tensors, bias, entries)
     if norm is not None:
         mean, variance = (value.detach().cpu().to(torch.float64)[:, None] for value in (norm.running_mean, norm.running_var))
         gain = (variance + norm.eps).rsqrt()

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from niwaki.dependency import Example, Kind
+from niwaki.dependency import Example
 from niwaki.errors import InputError
+from niwaki.granularity import Kind
 from niwaki.removed import resolve, set_attribute
 from niwaki.structured.attributes import HEAD_DIMS, HEADS, KEY_HEADS, LAYERS, WIDTHS, scaled
 from niwaki.structured.running import difference, evaluating, run

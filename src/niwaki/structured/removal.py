@@ -115,11 +115,10 @@ def shrink(
     refresh(model)
     if isinstance(recipe_or_masks, Recipe):
         base = copy.deepcopy(model)
-        groups = find_groups(base, example, layers=True) if groups is None else groups
         given = Sparsifier(base, once(recipe_or_masks), groups=groups, example=example, data=data, loss=loss).finalize().masks
     else:
         base, given = model, Masks(recipe_or_masks)
-        groups = find_groups(base, example, layers=_masks_blocks(base, given)) if groups is None else groups
+    groups = find_groups(base, example, layers=_masks_blocks(base, given)) if groups is None else groups
     for path in attributes or {}:
         resolve(base, path)
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)

@@ -19,14 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from niwaki.binding import Bound
+from niwaki.clock import Clock
+from niwaki.collecting import Statistics
 from niwaki.dependency import Example, Group, find_groups
 from niwaki.errors import InputError, NiwakiError, did_you_mean
+from niwaki.masked import MaskedTensor
 from niwaki.masks import Masks
+from niwaki.pieces import bounds_of
 from niwaki.ranking import rank_targets
 from niwaki.recipe import Recipe
-from niwaki.saliency import Observation
-from niwaki.statistics import Statistics
+from niwaki.selector import Selector, reads_gradient
 from niwaki.structured.costs import Cost, FlopCost, LatencyCost, choices, timed, unit_masks, with_widths
 from niwaki.structured.removal import shrink
 
@@ -175,29 +177,16 @@ def unit_scores(
     >>> unit_scores(model, Recipe(granularity="channel", sparsity=0.5), find_groups(model, torch.ones(1, 1)))["2"]
     tensor([3., 1., 5.], dtype=torch.float64)
     """
-    needs = recipe.saliency.needs
-    if "gradient" in needs and (data is None or loss is None):
+    if "gradient" in recipe.saliency.needs and (data is None or loss is None):
         raise InputError(f"saliency: {recipe.saliency.name!r} needs data= and loss= to collect gradients from")
     ranked, _ = rank_targets(model, recipe, groups)
     if any(one.name not in {group.name for group in groups} for one in ranked):
         raise InputError(f"granularity: {recipe.granularity.name!r} ranks tensors, not units of groups; choices: channel, head, group")
-    statistics = Statistics(model, recipe, data, loss)
-    activity: dict[nn.Parameter, Tensor] = {}
-
-    def observe(bound: Bound) -> Observation:
-        gradient = bool(needs & {"gradient", "batch_gradients"})
-        weight = bound.view(bound.parameter)
-        return bound.observe(weight, score=None, activity=activity.get(bound.parameter), need_gradient=gradient, seed=seed, step=0)
-
-    with statistics.gradients() if "gradient" in needs and "batch_gradients" not in needs else nullcontext(), torch.no_grad():
-        seen = statistics.collect(ranked, observe, needs)
-        activity |= seen.activity
-        scores = seen.averaged or [one.score(recipe.saliency, observe) for one in ranked]
-    uses = statistics.uses
-    return {
-        one.name: recipe.normalization.normalize(score, None if uses is None else one.flops(uses)).to(torch.float64)
-        for one, score in zip(ranked, scores, strict=True)
-    }
+    statistics = Statistics(model, recipe, data, loss, seed)
+    tensors = {bound.name: MaskedTensor(bound, recipe, seed) for bound in bounds_of(ranked)}
+    selector = Selector(recipe, ranked, tensors, statistics, Clock(1), seed, lambda _: None, given=False)
+    with statistics.gradients() if reads_gradient(recipe.saliency) else nullcontext(), torch.no_grad():
+        return {one.name: score.to(torch.float64) for one, score in zip(ranked, selector.scores(), strict=True)}
 
 
 def cheapest(lost: Sequence[NDArray[np.float64]], widths: Sequence[Sequence[int]], cost: Cost, budget: float) -> list[int]:

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from niwaki.calibration import forward
 from niwaki.clock import Clock
+from niwaki.collecting import uses_data
 from niwaki.counter import key
 from niwaki.errors import InputError, NiwakiError
 from niwaki.gradient import Superset
@@ -24,12 +25,11 @@ from niwaki.masks import Masks
 from niwaki.metrics.flops import forward_flops
 from niwaki.metrics.training_flops import active_flops, step_flops
 from niwaki.penalty import GroupLasso
-from niwaki.prune import pruned
+from niwaki.pruning import pruned
 from niwaki.ranks import mean
 from niwaki.recipe import Prune, Recipe
 from niwaki.recipe.stages import Leaf, StageRecipe, unroll
 from niwaki.sparsifier import Sparsifier
-from niwaki.statistics import NEEDS_DATA, asking
 from niwaki.structured import Removed, compose, replay, shrink
 from niwaki.tasks import Data, Task, Training
 from niwaki.training import processes
@@ -378,7 +378,7 @@ class Trainer:
 
     def _statistics(self, recipe: Recipe | Prune) -> list[tuple[Any, Any]] | None:
         """Return a few batches for components that need what can only be seen on data, and None for others."""
-        if not any(component.needs & {"gradient", *NEEDS_DATA} for component in asking(recipe)):
+        if not uses_data(recipe):
             return None
         found = islice(batches(self.data.train, self.training.batch_size, self.seed, epoch=0), STATISTICS_BATCHES)
         return [(on(self.device, inputs), on(self.device, targets)) for inputs, targets in found]

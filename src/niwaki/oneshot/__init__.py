@@ -1,0 +1,1 @@
+"""Pretrained networks, pruned block by block: only the data of one block is in memory at a time."""

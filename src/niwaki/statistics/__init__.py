@@ -1,0 +1,66 @@
+"""What components ask to know over time or over data: requests, and the accumulators that answer them."""
+
+from niwaki.statistics.accumulators import Covariance, Mean
+from niwaki.statistics.base import Labels, Source, Statistic
+from niwaki.statistics.gradients import GradientBank, GradientSquare, GradientStatistic
+from niwaki.statistics.inputs import (
+    InputCovariance,
+    InputGram,
+    InputMean,
+    InputResponses,
+    InputSize,
+    InputSquare,
+    InputStatistic,
+    InputVariance,
+    InputZeros,
+)
+from niwaki.statistics.passes import (
+    Hessian,
+    HessianDiagonal,
+    HessianGradient,
+    JointMatrix,
+    KroneckerFactors,
+    OutputSensitivity,
+    PassStatistic,
+    Relevance,
+    SynapticFlow,
+)
+from niwaki.statistics.steps import InitialWeight, Movement, PathSensitivity, StepGradients, StepStatistic, WeightChange
+from niwaki.statistics.watching import StepAccumulator, accumulator
+
+__all__ = [
+    "Covariance",
+    "GradientBank",
+    "GradientSquare",
+    "GradientStatistic",
+    "Hessian",
+    "HessianDiagonal",
+    "HessianGradient",
+    "InitialWeight",
+    "InputCovariance",
+    "InputGram",
+    "InputMean",
+    "InputResponses",
+    "InputSize",
+    "InputSquare",
+    "InputStatistic",
+    "InputVariance",
+    "InputZeros",
+    "JointMatrix",
+    "KroneckerFactors",
+    "Labels",
+    "Mean",
+    "Movement",
+    "OutputSensitivity",
+    "PassStatistic",
+    "PathSensitivity",
+    "Relevance",
+    "Source",
+    "Statistic",
+    "StepAccumulator",
+    "StepGradients",
+    "StepStatistic",
+    "SynapticFlow",
+    "WeightChange",
+    "accumulator",
+]

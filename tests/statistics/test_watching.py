@@ -1,0 +1,87 @@
+"""Statistics of a training's own steps, against numpy on the recorded trajectory."""
+
+import numpy as np
+import pytest
+import torch
+
+from niwaki.errors import InputError
+from niwaki.statistics import (
+    InitialWeight,
+    InputSize,
+    Movement,
+    PathSensitivity,
+    StepGradients,
+    WeightChange,
+    accumulator,
+)
+
+STEPS = 11
+
+
+def trajectory(dtype=torch.float64):
+    """Weights w_0 ... w_T and gradients g_0 ... g_(T-1)."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(STEPS + 1, 2, 3, generator=generator, dtype=dtype)
+    return weights, torch.randn(STEPS, 2, 3, generator=generator, dtype=dtype)
+
+
+def expected(request, w, g):
+    w, g = w.numpy().astype(np.float64), g.numpy().astype(np.float64)
+    steps = np.diff(w, axis=0)
+    return {
+        InitialWeight: lambda: w[0],
+        Movement: lambda: -(g * w[: len(g)]).sum(0),
+        WeightChange: lambda: np.abs(steps).sum(0),
+        PathSensitivity: lambda: (g * steps).sum(0),
+        StepGradients: lambda: g[-4:],
+    }[type(request)]()
+
+
+REQUESTS = [InitialWeight(), Movement(), WeightChange(), PathSensitivity(), StepGradients(window=4)]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("resumed_at", [None, 2, 4, 7])
+def test_a_statistic_of_steps_is_that_of_the_trajectory(request_, dtype, resumed_at):
+    weights, gradients = trajectory(dtype)
+    live = torch.empty_like(weights[0])  # the trainer writes in place
+    live.copy_(weights[0])
+    watched = accumulator(request_, live)
+    for t in range(STEPS):
+        if t == resumed_at:
+            state = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in watched.state_dict().items()}
+            watched.update(weights[0], gradients[0])  # the state that was taken does not move
+            watched = accumulator(request_, torch.zeros_like(live))
+            watched.load_state_dict(state)
+        if t % 3 == 0:
+            watched.value(live)  # looking changes nothing
+        watched.update(live, gradients[t])
+        live.copy_(weights[t + 1])
+    found = watched.value(live)
+    np.testing.assert_allclose(found.numpy(), expected(request_, weights, gradients), rtol=1e-12, atol=1e-12)
+    if not isinstance(request_, StepGradients):
+        assert found.dtype == torch.float64
+
+
+def test_a_window_that_is_not_full_has_what_there_was():
+    weights, gradients = trajectory()
+    watched = accumulator(StepGradients(window=8), weights[0])
+    assert watched.value(weights[0]).shape == (0, 2, 3)
+    for t in range(3):
+        watched.update(weights[t], gradients[t])
+    assert torch.equal(watched.value(weights[3]), gradients[:3])
+
+
+def test_requests_that_are_not_of_steps_are_refused():
+    with pytest.raises(InputError, match="InputSize is not collected over the steps"):
+        accumulator(InputSize(), torch.zeros(2))
+
+
+def test_what_fits_into_a_budget_is_said():
+    from niwaki.layout import Layout
+
+    layout = Layout(("output", "input"), (10, 100))
+    assert StepGradients(window=512).memory(layout) == 512 * 4000
+    assert StepGradients().within(8 * 4000, [layout]) == "window: 8"
+    assert StepGradients().within(100, [layout]) == ""
