@@ -171,3 +171,59 @@ def test_wanda_by_row_is_the_papers_metric() -> None:
     metric = np.abs(dense[0].weight.detach().numpy()) * np.linalg.norm(torch.cat([x for x, _ in data]).numpy(), axis=0)
     for row in range(12):
         assert set(np.flatnonzero(mask[row])) == set(np.argsort(-metric[row])[:4])
+
+
+def test_eigendamage_returns_a_smaller_copy() -> None:
+    model = network()
+    done = niwaki.prune(model, "eigendamage", sparsity=0.6, data=batches(), loss=loss)
+    assert done.model is not model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), network().parameters(), strict=True))
+    assert sum(p.numel() for p in done.model.parameters()) < sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        assert done.loss_after == pytest.approx(np.mean([float(loss(done.model(x), y)) for x, y in batches()]), rel=1e-6)
+
+
+def test_a_permuted_model_computes_the_same_and_keeps_more() -> None:
+    kept = {}
+    for permute in (False, True):
+        model = network(torch.float64)
+        done = niwaki.prune(
+            model,
+            niwaki.Recipe(granularity="1:4", target={"weights": {"include": ["2.weight"]}}),
+            data=batches(torch.float64),
+            permute=permute,
+        )
+        kept[permute] = float(model[2].weight.detach().abs().sum())
+        assert int(done.masks["2.weight"].sum()) == 10 * 3
+        assert not permute or "reordered" in done.notes[0]
+    assert kept[True] > kept[False]
+    before, model = network(torch.float64), network(torch.float64)
+    niwaki.prune(
+        model, niwaki.Recipe(granularity="4:4", target={"weights": {"include": ["2.weight"]}}), data=batches(torch.float64), permute=True
+    )
+    for inputs, _ in batches(torch.float64):
+        torch.testing.assert_close(model(inputs), before(inputs), rtol=0, atol=1e-12)
+
+
+def test_sharing_out_by_loss_is_never_worse_than_all_layers_alike() -> None:
+    found = {}
+    for allocation in ("uniform", {"evolutionary": {"generations": 3, "population": 6}}, "sensitivity"):
+        done = niwaki.prune(network(), niwaki.Recipe(sparsity=0.7, target=EVERYTHING, allocation=allocation), data=batches(), loss=loss)
+        assert sum(row.active for row in done.rows) == round(0.3 * sum(row.elements for row in done.rows))
+        found[str(allocation)[:5]] = done.loss_after
+    assert found["{'evo"] <= found["unifo"] + 1e-9
+
+
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+def test_a_budget_of_flops_is_met(granularity: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10))
+    data = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,)))]
+    recipe = niwaki.Recipe(target=EVERYTHING, granularity=granularity, allocation={"flops_budget": {"flops": 0.4}})
+    done = niwaki.prune(model, recipe, data=data, loss=loss)
+    positions = {"0.weight": 64, "2.weight": 36, "5.weight": 1}
+    whole = {"0.weight": 24 * 27, "2.weight": 32 * 24 * 9, "5.weight": 32 * 36 * 10}
+    left = sum(int(done.masks[name].sum()) * uses if name in done.masks else whole[name] * uses for name, uses in positions.items())
+    share = left / sum(whole[name] * uses for name, uses in positions.items())
+    assert share == pytest.approx(0.4, abs=0.01 if granularity == "element" else 0.03)
+    assert share <= 0.4 + 1e-9

@@ -130,6 +130,9 @@ class Statistics:
         """
         asked = {request: bounds for request, bounds in asked.items() if request.source != "steps" and bounds}
         self._require_memory(asked)
+        sharded = next((bound.name for bounds in asked.values() for bound in bounds if bound.group is not None), None)
+        if sharded is not None:
+            raise InputError(f"{sharded}: it is sharded, and {_named(asked)} is collected of whole tensors; prune before sharding")
         found: dict[str, dict[Statistic, Any]] = {}
         together: dict[tuple[str, ...], list[Statistic]] = {}
         for request, bounds in asked.items():
@@ -185,6 +188,10 @@ class Statistics:
                 yield
         finally:
             self.collecting = False
+
+
+def _named(asked: Iterable[Statistic]) -> str:
+    return ", ".join(type(request).__name__ for request in asked)
 
 
 def memory_of(asked: Mapping[Statistic, Sequence[Bound]]) -> int:

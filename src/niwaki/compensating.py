@@ -46,14 +46,15 @@ def compensate(
     for name, mask in keep.items():
         tensor = tensors[name]
         active = tensor.kept(tensor.pruned)
-        if tensor.bound.parameter.ndim < 2 or bool((mask | ~active).all()):
+        adjusted = seen.curvature is not None and name in seen.curvature.active  # it may change although nothing goes from it
+        if tensor.bound.parameter.ndim < 2 or (bool((mask | ~active).all()) and not adjusted):
             continue
         bias_name, bias = biases.get(tensor.bound.parameter, (None, None))
         weight = tensor.weight.masked_fill(~active, 0.0)
         statistics = seen.values.get(name, {})
         values = None if bias is None else bias.detach()
         changes[name] = Change(name, tensor.bound.layout, weight, active, mask & active, statistics, values, bias_name)
-    if not changes:
+    if all(torch.equal(change.keep, change.active) for change in changes.values()):
         return []
     units = [_units(one, kept, tensors) for one, kept in zip(ranked, pieces, strict=True) if isinstance(one.granularity, Grouped)]
     removal = Removal(changes, units, seen.curvature)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from niwaki import catalogue
 from niwaki.binding import Bound
-from niwaki.calibration import mean_loss
+from niwaki.calibration import Arguments, first_pair, mean_loss
 from niwaki.collecting import requests_of
 from niwaki.counter import key
 from niwaki.dependency import Example, Group
 from niwaki.errors import InputError
 from niwaki.formats import save
-from niwaki.granularity import Grouped
+from niwaki.granularity import Eigenbasis, Grouped
 from niwaki.masks import Masks, canonical_name, shard
 from niwaki.metrics.units import show
 from niwaki.oneshot.blocks import Blocks, find_blocks
@@ -29,6 +29,8 @@ from niwaki.ranking import find_groups_with, rank_targets
 from niwaki.recipe import Prune, Recipe
 from niwaki.recipe.stages import sparsity_after
 from niwaki.sparsifier import Sparsifier
+from niwaki.structured import permute as reorder
+from niwaki.structured.eigendamage import eigendamage
 from niwaki.target import select_targets
 from niwaki.update import sum_counts
 
@@ -141,11 +143,14 @@ def prune(
     groups: Sequence[Group] | None = None,
     example: Example | None = None,
     memory: int | None = None,
+    permute: bool = False,
     seed: int = 0,
     progress: bool = False,
     **fields: Any,
 ) -> Pruned:
     """Prune a trained model at once, in place, with the few batches that a method wants to see; no training follows.
+
+    With ``granularity: eigenbasis`` (EigenDamage) layers are replaced, so it is a copy that becomes smaller.
 
     Of the method, what chooses and compensates is used: saliency, granularity, allocation, compensation, and the rounds of a one-shot
     schedule. Times, growth and relaxations are not.
@@ -163,6 +168,8 @@ def prune(
         groups: dependency groups, for granularities of units; None: found with ``example`` or the first batch.
         example: arguments of a forward pass to find them with.
         memory: most bytes that statistics may take; None for no limit.
+        permute: with an N:M pattern along the inputs, put channels into an order first in which the pattern keeps larger weights; the model
+            computes the same (:func:`niwaki.structured.permute`).
         seed: of everything random.
         progress: show what is collected on standard error, the estimated memory first.
         **fields: slots that replace the method's, such as ``granularity="2:4"``.
@@ -181,12 +188,19 @@ def prune(
         data = list(data)  # it is gone through more than once
     if "gradient" in recipe.saliency.needs and (data is None or loss is None):
         raise InputError(f"saliency: {recipe.saliency.name!r} needs data= and loss= to collect gradients from")
+    if isinstance(recipe.granularity, Eigenbasis) and (data is None or loss is None):
+        raise InputError(f"granularity: {recipe.granularity.name!r} needs data= and loss= to find the basis")
     begin = time.perf_counter()
     before = None if data is None or loss is None else _evaluated(model, data, loss)
+    reordered = _reordered(model, recipe, data, groups, example, seed) if permute else ()
     found = _blocks(model, recipe, blocks, masks)
     errors: Mapping[str, float | None] = {}
     with _shown(data, progress) as (watched, tell), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is warned of is among the notes
+        if isinstance(recipe.granularity, Eigenbasis):
+            assert watched is not None
+            assert loss is not None
+            return _rotated(model, recipe, watched, data, loss, before, seed, memory, begin)
         if found is not None:
             if data is None:
                 raise InputError("data: blocks are pruned one after the other on what they are given, so data= is needed")
@@ -214,7 +228,7 @@ def prune(
     after = None if before is None or data is None or loss is None else _evaluated(model, data, loss)
     shapes = {canonical_name(name): tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     rows = tuple(Row(name, shapes[name], int(mask.sum()), mask.numel(), errors.get(name)) for name, mask in kept.items())
-    return Pruned(model, kept, recipe, rows, before, after, seconds, taken, notes)
+    return Pruned(model, kept, recipe, rows, before, after, seconds, taken, (*reordered, *notes))
 
 
 def _at_once(method: str | Recipe, sparsity: float | None, fields: Mapping[str, Any]) -> Recipe:
@@ -229,6 +243,54 @@ def _at_once(method: str | Recipe, sparsity: float | None, fields: Mapping[str, 
     recipe = at_once(recipe)
     recipe = recipe.replace(**said) if said else recipe
     return recipe
+
+
+def _reordered(
+    model: nn.Module,
+    recipe: Recipe,
+    data: Iterable[tuple[Any, Any]] | None,
+    groups: Sequence[Group] | None,
+    example: Example | None,
+    seed: int,
+) -> tuple[str, ...]:
+    """Put the channels of a model into an order that suits an N:M pattern, in place; return sentences for the user."""
+    if example is None and data is None:
+        raise InputError("permute: which channels go together is found in a forward pass: pass data=, or example=, its arguments")
+    if example is None and data is not None:
+        (inputs, _), _ = first_pair(data)
+        if isinstance(inputs, Arguments):
+            inputs = inputs.args or inputs.kwargs
+        example = inputs if isinstance(inputs, tuple | Mapping) else (inputs,)
+    assert example is not None
+    readers = [target.name for target in select_targets(model, recipe.target)[0]]
+    done = reorder(model, recipe.granularity, example, groups=groups, readers=readers, seed=seed)
+    model.load_state_dict(done.model.state_dict())
+    before, after = (sum(shares) / max(len(shares), 1) for shares in zip(*done.kept.values(), strict=True)) if done.kept else (1.0, 1.0)
+    told = f"channels were reordered: the pattern keeps {100 * after:.2f} % of a tensor's size on average, and not {100 * before:.2f} %"
+    return (told, *done.notes)
+
+
+def _rotated(
+    model: nn.Module,
+    recipe: Recipe,
+    watched: Iterable[tuple[Any, Any]],
+    data: Iterable[tuple[Any, Any]] | None,
+    loss: Callable[[Any, Any], Tensor],
+    before: float | None,
+    seed: int,
+    memory: int | None,
+    begin: float,
+) -> Pruned:
+    """Prune in the eigenbasis of Kronecker factors: a copy of the model with smaller layers, and no masks."""
+    assert isinstance(recipe.granularity, Eigenbasis)
+    assert recipe.sparsity is not None
+    assert data is not None
+    cap = recipe.granularity.cap
+    done = eigendamage(model, recipe.sparsity, watched, loss, cap=cap, target=recipe.target, seed=seed, memory=memory)
+    seconds = time.perf_counter() - begin
+    rows = tuple(Row(one.name, (one.outputs, one.inputs), one.parameters_after, one.parameters) for one in done.layers)
+    told = f"{100 * done.sparsity:.2f} % of the rotated units are gone; the weights of rotations are counted, and the model is a copy"
+    return Pruned(done.model, Masks(), recipe, rows, before, _evaluated(done.model, data, loss), seconds, 0, (told, *done.notes))
 
 
 def _blocks(model: nn.Module, recipe: Recipe, blocks: str | Sequence[str] | None, masks: Masks | None) -> Blocks | None:

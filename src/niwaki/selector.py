@@ -180,8 +180,6 @@ class Selector:
         if has_curvature(saliency):
             scored = {part.bound.name: part.bound for one in self.ranked for part in one.scored}
             seen.curvature = saliency.curvature([self._observe(bound, step, saliency, seen) for bound in scored.values()])
-            for note in seen.curvature.notes if seen.curvature is not None else ():
-                self.tell(note)
         if saliency.averages is not None:
             seen.averaged = self.statistics.averaged(self.ranked, lambda bound: self._observe(bound, step, saliency, seen))
         return seen
@@ -225,7 +223,7 @@ class Selector:
             grows=grows,
         )
         pieces = next_pieces(recipe, self.ranked, self._active(), update)
-        for note in update.notes:
+        for note in (*update.notes, *(seen.curvature.notes if seen.curvature is not None else ())):
             self.tell(note)
         return pieces, update
 

@@ -135,11 +135,8 @@ def _solved(recipe: Recipe, ranked: Sequence[Ranked], counts: Sequence[int], upd
         bound = one.parts[0].bound
         if bound.group is not None:
             raise InputError(f"saliency: {recipe.saliency.name!r} needs whole tensors, and {one.name} is sharded; prune before sharding")
-        if isinstance(granularity, PatternNM) and (granularity.dimension != "input" or bound.layout.kernel):
-            raise InputError(
-                f"granularity: saliency {recipe.saliency.name!r} knows N:M patterns along the inputs of linear layers, and {one.name} is"
-                " another; exclude it from the target, or choose the granularity element"
-            )
+        if isinstance(granularity, PatternNM) and granularity.dimension != "input":
+            raise InputError(f"granularity: saliency {recipe.saliency.name!r} knows N:M patterns along the inputs; say dimension: input")
         solution = recipe.saliency.solve(update.observe(bound), count, pattern)
         update.weights[bound.name] = solution.weight
         for note in solution.notes:

@@ -1,5 +1,7 @@
 """Two processes with half of the data each find what one finds with all of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,8 @@ import torch.multiprocessing as mp
 from calibration.problems import convolutional, cross_entropy, multilayer, watched
 
 from niwaki.calibration import collect, recalibrate_batchnorm
+from niwaki.errors import InputError
+from niwaki.layout import Layout
 from niwaki.statistics import (
     GradientBank,
     GradientSquare,
@@ -32,7 +36,7 @@ WORLD = 2
 OF_INPUTS = [InputSize(), InputMean(), InputVariance(), InputZeros(), InputSquare(), InputGram(), InputCovariance(), InputResponses(7)]
 REST = [
     GradientSquare(), GradientBank(5), GradientBank(None), HessianGradient(1.0), Hessian(), HessianDiagonal("exact"),
-    HessianDiagonal("hutchinson", 3), KroneckerFactors(labels="given"), SynapticFlow(), Relevance(), OutputSensitivity(),
+    KroneckerFactors(labels="given"), SynapticFlow(), Relevance(), OutputSensitivity(),
 ]  # fmt: skip
 OF_ROWS = (InputResponses(7), GradientBank(5), GradientBank(None))
 
@@ -59,10 +63,28 @@ def found(rank, world):
     return values
 
 
+def of_shards(rank):
+    """The root keeps its own weight gathered after the first forward pass."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, _, data = multilayer()
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (WORLD,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    tensors = [
+        replace(one, layout=Layout(("output", "input"), tuple(one.parameter.shape))) for one in watched(model, "0.weight", "2.weight")
+    ]
+    mine = [(data[0][0], None), (data[2 - rank][0][:2], None)]
+    collect(model, mine, None, tensors, OF_INPUTS)
+    with pytest.raises(InputError, match="not sharded"):
+        collect(model, mine, cross_entropy, tensors, [GradientSquare()])
+    return collect(model, mine, None, tensors, OF_INPUTS)
+
+
 def worker(rank, file, results):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
     torch.set_num_threads(1)
-    results[rank] = found(rank, WORLD)
+    results[rank] = found(rank, WORLD) | {"shards": of_shards(rank)}
     dist.destroy_process_group()
 
 
@@ -98,6 +120,16 @@ def test_statistics_of_all_ranks_are_those_of_all_the_data(results, alone, kind,
             if request_ == InputResponses(7):  # four are asked of the first rank, which has three
                 one = one[:6]
             torch.testing.assert_close(first, one, rtol=1e-12, atol=1e-13)
+
+
+def test_inputs_of_sharded_weights_are_those_of_whole_ones(results):
+    model, names, data = multilayer()
+    everything = [(x, None) for x in (data[0][0], data[2][0], data[0][0], data[1][0][:2])]
+    whole = collect(model, everything, None, watched(model, *names), OF_INPUTS[:-1])
+    for name in names:
+        for request in OF_INPUTS[:-1]:
+            for rank in range(WORLD):
+                torch.testing.assert_close(results[rank]["shards"][name][request], whole[name][request], rtol=1e-12, atol=1e-13)
 
 
 def test_batch_normalization_and_windows_are_merged(results, alone):

@@ -50,6 +50,7 @@ SURVEY = {
     "output_sensitivity": (24, "I | post | out | - | fix | -", 1995),
     "variance_nullity": (25, "I/U | it | avar | - | fix | -", 2001),
     "iterative_least_squares": (30, "U | it | recon | - | fix | -", 1997),
+    "linear_dependence": (34, "U | it | recon | - | lrn | -", 2000),
     "data_free_merging": (46, "U | post | sim | - | fix | -", 2015),
     "inbound": (48, "U | it | avar | - | fix | -", 2015),
     "apoz": (52, "U | it | a0 | - | sens | -", 2016),

@@ -74,6 +74,7 @@ PRUNING_STAGE = {
     "output_sensitivity": (0.3, "channel", "output_sensitivity", "uniform", None),
     "variance_nullity": (0.3, "channel", "variance_nullity", "uniform", None),
     "iterative_least_squares": (0.3, "channel", "contribution", "uniform", "least_squares"),
+    "linear_dependence": (0.3, "channel", "linear_dependence", "uniform", "least_squares"),
     "data_free_merging": (0.2, "channel", "merge_cost", "uniform", "merge"),
     "inbound": (0.3, "channel", "activity_variance", "uniform", None),
     "apoz": (0.4, "channel", "apoz", "uniform", None),
@@ -116,7 +117,7 @@ FIXED = ("two_four", "adaprune", "energy_aware", "spdy")
 
 def test_the_catalogue_has_exactly_these_methods():
     assert list(METHODS) == list(SURVEY)
-    assert len(METHODS) == 86
+    assert len(METHODS) == 87
     assert "rigl" in METHODS
     assert "rigel" not in METHODS
     with pytest.raises(TypeError):

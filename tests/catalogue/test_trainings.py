@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalogue.test_runs import ELEMENTS, ELEMENTWISE, OF_UNITS, PATTERNS, SHORTER, WEIGHTS, Network, examples
+from catalogue.test_runs import ELEMENTS, ELEMENTWISE, LOOK_BACK, OF_UNITS, PATTERNS, SHORTER, WEIGHTS, Network, examples, flops, kept
 from support import pruned_are_zero
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -43,11 +43,7 @@ def shorter(recipe, name):
     return Recipe.from_data(data)
 
 
-def kept(masks):
-    return {name: int(masks[name].sum()) for name in WEIGHTS}
-
-
-@pytest.mark.parametrize("name", [*ELEMENTWISE, "supermask", "karnin", "accumulated_movement", "weight_change"])
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *LOOK_BACK])
 def test_single_weights_are_masked_in_the_end(name):
     _, left = trained(shorter(niwaki.method(name, sparsity=0.5), name))
     assert sum(kept(left.masks).values()) == ELEMENTS // 2
@@ -68,3 +64,29 @@ def test_models_are_smaller_in_the_end(name):
 def test_patterns_hold_in_the_end(name):
     _, left = trained(niwaki.method(name))
     assert left.masks["conv.weight"].movedim(1, -1).reshape(-1, 4).sum(dim=1).tolist() == [2] * 72
+
+
+def test_a_share_of_the_flops_is_left_in_the_end():
+    _, left = trained(niwaki.method("flops_magnitude"))
+    dense = flops({weight: torch.ones(shape) for weight, shape in WEIGHTS.items()})
+    assert 0.24 * dense < flops(left.masks) <= 0.25 * dense
+
+
+def test_what_is_below_a_standard_deviation_goes():
+    [pruning] = [leaf for leaf in unroll(niwaki.method("magnitude_threshold")) if leaf.recipe.acts]
+    model = Network()
+    dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    masks = niwaki.Sparsifier(model, pruning.recipe, total_steps=1).finalize().masks
+    for name in WEIGHTS:
+        assert torch.equal(masks[name], dense[name].abs() >= dense[name].double().std(correction=0))
+    _, left = trained(niwaki.method("magnitude_threshold"))
+    assert 0 < sum(kept(left.masks).values()) < ELEMENTS
+
+
+def test_inputs_and_connections_are_gone_in_the_end():
+    _, left = trained(niwaki.method("optimal_cell_damage", sparsity=0.5))
+    inputs = [left.masks["conv.weight"].movedim(1, 0).flatten(1), left.masks["linear.weight"].T]
+    assert sum(int(rows.any(dim=1).sum()) for rows in inputs) == 6
+    recipe = niwaki.method("connection_correlation", sparsity=0.5, target={"weights": {"exclude": ["conv.weight"]}})
+    _, left = trained(recipe)
+    assert int(left.masks["linear.weight"].sum()) == 32

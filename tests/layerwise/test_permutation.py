@@ -71,7 +71,7 @@ def test_several_matrices_and_columns_that_stay():
 
     before, after = total(range(units)), total(order.tolist())
     assert after > before
-    swaps = [list(order) for _ in range(0)]
+    swaps = []
     for a, b in itertools.combinations(range(units), 2):
         other = order.tolist()
         other[a], other[b] = other[b], other[a]

@@ -236,7 +236,8 @@ def test_weights_of_a_finished_block_are_in_a_file(tmp_path):
     layer = torch.nn.Linear(64, 64)
     parameters = dict(layer.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    masks = Settled(tmp_path)(layer, {"layer.weight": before["weight"] > 0})
+    settled = Settled(tmp_path)
+    masks = settled.put(layer, {"layer.weight": before["weight"] > 0})
     places = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if str(tmp_path) in line:
@@ -248,8 +249,10 @@ def test_weights_of_a_finished_block_are_in_a_file(tmp_path):
     assert torch.equal(masks["layer.weight"], before["weight"] > 0)
     for tensor in (*layer.parameters(), *masks.values()):
         assert any(tensor.data_ptr() in place for place in places)
+    settled.take(layer)
+    assert not any(tensor.data_ptr() in place for tensor in layer.parameters() for place in places)
     with torch.no_grad():
-        layer.weight.zero_()  # is memory of its own from then on
+        layer.weight.zero_()
     with safe_open(tmp_path / "1.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("parameter weight"), before["weight"])
 

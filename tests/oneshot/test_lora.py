@@ -147,7 +147,8 @@ def test_fan_in_fan_out_is_transposed(tmp_path):
 
 
 def test_an_embedding(tmp_path):
-    tensors = adapter(tmp_path, tensors={"embed.lora_embedding_A": random(2, 6), "embed.lora_embedding_B": random(4, 2, seed=1)})
+    tensors = {"embed.lora_embedding_A": random(2, 6), "embed.lora_embedding_B": random(4, 2, seed=1)}
+    adapter(tmp_path, tensors=tensors | {"embed.base_layer.weight": random(6, 4)})  # the frozen weight, as the library stores it
     model = Model().double()
     before = model.embed.weight.detach().clone()
     merge_adapter(model, tmp_path)

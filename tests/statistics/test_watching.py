@@ -5,9 +5,16 @@ import pytest
 import torch
 
 from niwaki.errors import InputError
+from niwaki.layout import Layout
 from niwaki.statistics import (
+    GradientBank,
+    Hessian,
     InitialWeight,
+    InputCovariance,
+    InputGram,
+    InputResponses,
     InputSize,
+    KroneckerFactors,
     Movement,
     PathSensitivity,
     StepGradients,
@@ -79,9 +86,22 @@ def test_requests_that_are_not_of_steps_are_refused():
 
 
 def test_what_fits_into_a_budget_is_said():
-    from niwaki.layout import Layout
-
     layout = Layout(("output", "input"), (10, 100))
     assert StepGradients(window=512).memory(layout) == 512 * 4000
     assert StepGradients().within(8 * 4000, [layout]) == "window: 8"
     assert StepGradients().within(100, [layout]) == ""
+
+
+def test_what_a_request_takes_is_said_by_its_layout():
+    layout = Layout(("group", "output", "input", "kernel"), (2, 3, 4, 5))
+    assert GradientBank(10).memory(layout) == 10 * 120 * 4
+    assert GradientBank(10).within(5000, [layout, layout]) == "gradients: 5"
+    assert InputResponses(10).memory(layout) == 10 * 8 * 8
+    assert InputResponses(10).within(200, [layout]) == "examples: 3"
+    assert InputResponses(10).within(10, [layout]) == ""
+    assert InputGram().memory(layout) == 2 * 2 * 20 * 20 * 8
+    assert InputCovariance().memory(layout) == 2 * 8 * 8 * 8
+    assert Hessian().memory(layout) == 2 * 120 * 120 * 8
+    assert KroneckerFactors().memory(layout) == 3 * 2 * (20 * 20 + 3 * 3) * 8
+    assert InputSize().memory(layout) == 8 * 8
+    assert InputSize().within(0, [layout]) == ""

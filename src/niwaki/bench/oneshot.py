@@ -184,7 +184,7 @@ def run(
     """
     settings = {
         "examples": examples,
-        "batch": BATCH,
+        "batch": min(BATCH, examples),
         "recover": list(recover),
         "memory": memory,
         "recovery": {name: network.recovery.model_dump(exclude_unset=True) for name, network in networks.items()},
@@ -247,7 +247,7 @@ def _measured(case: Case, setting: _Setting, settings: Mapping[str, Any]) -> dic
     """Prune a copy of the network, and return what there is to say of it."""
     task, data, training = setting.network.task, setting.data, setting.network.recovery
     model = copy.deepcopy(setting.model)
-    seen = list(islice(batches(data.train, BATCH, case.seed, 0), -(-settings["examples"] // BATCH)))
+    seen = list(islice(batches(data.train, settings["batch"], case.seed, 0), -(-settings["examples"] // settings["batch"])))
     try:
         with resident() as memory:
             done = prune(

@@ -1,11 +1,11 @@
 """Passes over data that need a model: what components ask to know of its tensors. They leave the model as they found it."""
 
+from niwaki.calibration.batches import examples
 from niwaki.calibration.batchnorm import recalibrate_batchnorm
-from niwaki.calibration.collect import collect
+from niwaki.calibration.collection import collect
 from niwaki.calibration.passes import (
     Arguments,
     add_gradient,
-    examples,
     first_pair,
     forward,
     loss_gradients,
@@ -14,11 +14,12 @@ from niwaki.calibration.passes import (
     preserved,
 )
 from niwaki.calibration.reading import OBSERVED
-from niwaki.calibration.run import Watched
+from niwaki.calibration.run import Replay, Watched
 
 __all__ = [
     "OBSERVED",
     "Arguments",
+    "Replay",
     "Watched",
     "add_gradient",
     "collect",

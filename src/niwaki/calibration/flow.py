@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from niwaki.calibration.across import gathered
-from niwaki.calibration.examples import class_dimension, count, in_float64, logits_of, mapped
+from niwaki.calibration.batches import class_dimension, count, in_float64, logits_of, mapped
 from niwaki.calibration.passes import forward
 from niwaki.calibration.reading import before_reading, entries, zeros_like_reading
 from niwaki.calibration.run import Run, Values, Watched, differentiable
@@ -80,7 +80,7 @@ def output_sensitivity(run: Run, request: OutputSensitivity) -> Values:
     for _, inputs, _ in run.batches():
         probes: list[tuple[Watched, Any, Tensor]] = []
         with differentiable(), before_reading(run.model, run.tensors, _probing(probes)):
-            outputs = logits_of(forward(exact.model, inputs))
+            outputs = logits_of(forward(run.model, inputs))
         flat = outputs.reshape(len(outputs), -1)
         if flat.shape[1] > OUTPUTS:
             raise InputError(f"the sensitivity of outputs takes at most {OUTPUTS} outputs for an example, the model has {flat.shape[1]}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from niwaki.calibration.across import gathered, rank, share
-from niwaki.calibration.examples import Examples, leaves, replaced
+from niwaki.calibration.batches import Examples, leaves, replaced
 from niwaki.calibration.labels import sampled_labels
 from niwaki.calibration.passes import Arguments, forward
 from niwaki.calibration.run import NO_LOSS, Run, differentiable, require_finite

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from niwaki.calibration.across import rank
-from niwaki.calibration.examples import count, logits_of, with_logits
+from niwaki.calibration.batches import count, logits_of, with_logits
 from niwaki.calibration.passes import forward
 from niwaki.calibration.run import Run, Values, differentiable
 from niwaki.counter import key, uniform
@@ -92,11 +92,16 @@ def _exact_diagonals(run: Run) -> Iterator[OfBatch]:
 
 
 def _hutchinson_diagonals(run: Run, probes: int) -> Iterator[OfBatch]:
-    """Yield means of ``v ⊙ H v`` over random signs v, the same for all batches (Hutchinson 1990; Bekas, Kokiopoulou, Saad 2007)."""
-    for examples, graph in _gradients(run, again=True):
+    """Yield means of ``v ⊙ H v`` over random signs v (Hutchinson 1990; Bekas, Kokiopoulou, Saad 2007).
+
+    Every batch has its own signs: with B batches that are alike, the variance is B times smaller than with the same for all.
+    """
+    for number, (examples, graph) in enumerate(_gradients(run, again=True)):
         totals = _zeros(run)
         for probe in range(probes):
-            signs = _active(run, [_signs(run.seed, probe, one.name, 0, w) for one, w in zip(run.tensors, run.weights, strict=True)])
+            stream = f"{rank()} {number}"
+            signs = [_signs(run.seed, probe, f"{one.name} {stream}", 0, w) for one, w in zip(run.tensors, run.weights, strict=True)]
+            signs = _active(run, signs)
             for total, sign, product in zip(totals, signs, _derivatives(_dot(graph, signs), run.weights, keep=True), strict=True):
                 total += (sign * product).double() / probes
         yield examples, totals
@@ -124,7 +129,7 @@ def _gauss_newton_diagonals(run: Run, probes: int) -> Iterator[OfBatch]:
 
 
 def _roots(run: Run, outputs: Any, targets: Any, number: int) -> Tensor:
-    """Return a square root of the Hessian of the loss with respect to the outputs of each example: ``[examples, outputs, outputs]``, float64.
+    """Return a root of the Hessian of the loss with respect to the outputs of each example: ``[examples, outputs, outputs]``, float64.
 
     Raises:
         InputError: there are too many outputs.

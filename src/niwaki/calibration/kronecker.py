@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from niwaki.calibration.across import rank
-from niwaki.calibration.examples import count
+from niwaki.calibration.batches import count
 from niwaki.calibration.labels import sampled_labels
 from niwaki.calibration.passes import forward
 from niwaki.calibration.reading import after_writing, before_reading, column_chunks, positions

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from niwaki.calibration.examples import class_dimension, logits_of
+from niwaki.calibration.batches import class_dimension, logits_of
 from niwaki.counter import key, uniform
 from niwaki.errors import InputError
 

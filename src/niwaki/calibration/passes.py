@@ -107,49 +107,6 @@ def pairs(data: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         raise InputError("data: there is no batch to collect statistics from")
 
 
-def examples(data: Iterable[tuple[Any, Any]], count: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Yield parts of the batches with ``count`` examples each (the last of a batch may have fewer), cut along the first dimension.
-
-    Raises:
-        InputError: a batch without a tensor whose first dimension could be that of the examples.
-    """
-    for inputs, targets in pairs(data):
-        size = next((len(tensor) for tensor in _tensors(inputs) if tensor.dim() > 0), 0)
-        if size == 0:
-            raise InputError(f"data: expected inputs with a first dimension of examples, got {type(inputs).__name__}")
-        for begin in range(0, size, count):
-            part = slice(begin, begin + count)
-            yield _cut(inputs, part, size), _cut(targets, part, size)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in inputs or targets."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)
-    elif isinstance(value, Arguments):
-        yield from _tensors(value.args)
-        yield from _tensors(value.kwargs)
-
-
-def _cut(value: Any, part: slice, size: int) -> Any:
-    """Return a part of every tensor that has an entry for each example; the rest is the same for all."""
-    if isinstance(value, Tensor):
-        return value[part] if value.dim() > 0 and len(value) == size else value
-    if isinstance(value, Mapping):
-        return {key: _cut(inner, part, size) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_cut(inner, part, size) for inner in value)
-    if isinstance(value, Arguments):
-        return Arguments(_cut(value.args, part, size), _cut(value.kwargs, part, size))
-    return value
-
-
 def first_pair(data: Iterable[tuple[Any, Any]]) -> tuple[tuple[Any, Any], Iterable[tuple[Any, Any]]]:
     """Return the first batch, and data that still begins with it where ``data`` is an iterator.
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from niwaki.calibration.run import Watched
 from niwaki.errors import InputError
 from niwaki.layout import Layout, is_transposed_linear, layout_of
+from niwaki.masks import canonical_name, is_sharded
 
 OBSERVED = (
     nn.Linear,
@@ -37,10 +38,11 @@ CHUNK = 2**22
 def modules_of(model: nn.Module, tensors: Sequence[Watched]) -> Iterator[tuple[Watched, nn.Module]]:
     """Yield every module that reads with one of the weights, and can be observed; shared weights come several times."""
     by_parameter = {one.parameter: one for one in tensors}
-    for module in model.modules():
+    sharded = {one.name: one for one in tensors if is_sharded(one.parameter)}  # while it is gathered, the parameter is another object
+    for path, module in model.named_modules():
         if isinstance(module, OBSERVED) or is_transposed_linear(module):
             for name, weight in module.named_parameters(recurse=False):
-                one = by_parameter.get(weight)
+                one = by_parameter.get(weight) or sharded.get(canonical_name(f"{path}.{name}".lstrip(".")))
                 own = None if one is None else layout_of(module, name, tuple(weight.shape))
                 if (
                     one is not None and own is not None and own.roles == one.layout.roles

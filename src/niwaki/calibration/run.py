@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from niwaki.calibration.examples import in_float64
+from niwaki.calibration.batches import in_float64
 from niwaki.calibration.passes import first_pair, pairs
 from niwaki.errors import InputError
 from niwaki.layout import Layout

@@ -161,7 +161,7 @@ def structured(
         rows = (
             measurement.stored(out)
             if show
-            else measurement.run(chosen, data, out, budget=flops, epochs=epochs, seed=seed, progress=progress)
+            else measurement.run(chosen, data, out, budget=flops, epochs=epochs, seed=seed, latencies=latencies, progress=progress)
         )
     _show(
         "structured pruning",

@@ -23,6 +23,14 @@ class LeastSquares(Compensation):
         ridge: λ, as a share of the mean of the diagonal of ``E[x xᵀ]``. It holds weights near their old values.
 
     Source: Castellano, Fanelli, Pelillo 1997; He, Zhang, Sun 2017.
+
+    >>> from niwaki.compensation import Change
+    >>> from niwaki.layout import Layout
+    >>> layout, gram = Layout(("output", "input"), (1, 2)), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]])
+    >>> weight, keep = torch.tensor([[3.0, 1.0]]), torch.tensor([[True, False]])
+    >>> change = Change("w", layout, weight, torch.ones_like(keep), keep, {InputGram(): gram})
+    >>> LeastSquares(ridge=0).compensate(Removal({"w": change}))
+    {'w': tensor([[3.5000, 0.0000]])}
     """
 
     name = "least_squares"

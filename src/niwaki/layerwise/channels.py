@@ -129,6 +129,13 @@ def dependence_order(weight: Tensor, moments: Moments, columns: Tensor, present:
         moments: of the columns.
         columns: int64 ``[units, columns of a unit]``, flat over groups; those of a unit are in one group.
         present: bool; units that are not have gone before all others.
+
+    >>> from niwaki.layerwise.moments import moments
+    >>> data = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 2.0, 2.1]], dtype=torch.float64)
+    >>> found = moments((data.T @ data)[None], 0.0, "fc.weight")
+    >>> present = torch.ones(3, dtype=torch.bool)
+    >>> dependence_order(torch.ones(1, 1, 3, dtype=torch.float64), found, torch.arange(3)[:, None], present).argmax()
+    tensor(2)
     """
     inverse, work = moments.inverse(), weight.masked_fill(moments.dead[:, None], 0.0)
     columns, left = columns.flip(0), present.flip(0).clone()  # in reverse, as the first minimum is the one that goes

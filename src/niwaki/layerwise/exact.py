@@ -43,6 +43,11 @@ def exact(
         per: whether ``keep`` is shared over all rows by cost, or equally.
 
     Source: Frantar & Alistarh 2022 (optimal brain compression), algorithms 1 and 2.
+
+    >>> from niwaki.layerwise.moments import moments
+    >>> found = moments(torch.tensor([[[1.0, 0.5], [0.5, 1.0]]]), 0.0, "fc.weight")
+    >>> exact(torch.tensor([[[3.0, 1.0]]], dtype=torch.float64), found, torch.ones(1, 1, 2, dtype=torch.bool), 1)
+    (tensor([[[ True, False]]]), tensor([[[3.5000, 0.0000]]], dtype=torch.float64))
     """
     groups, rows, columns = weight.shape
     count = groups * rows

@@ -48,6 +48,11 @@ def sparsegpt(
         mask_block: columns whose mask is chosen at one time.
 
     Source: Frantar & Alistarh 2023 (SparseGPT).
+
+    >>> from niwaki.layerwise.moments import moments
+    >>> found = moments(torch.tensor([[[1.0, 0.5], [0.5, 1.0]]]), 0.0, "fc.weight")
+    >>> sparsegpt(torch.tensor([[[1.0, 3.0]]], dtype=torch.float64), found, torch.ones(1, 1, 2, dtype=torch.bool), 1)
+    (tensor([[[False,  True]]]), tensor([[[0.0000, 3.5000]]], dtype=torch.float64))
     """
     if pattern is not None:
         order = pattern.groups.argsort(stable=True)  # so that groups are consecutive

@@ -22,6 +22,7 @@ from niwaki.metrics.units import show
 from niwaki.oneshot.blocks import Blocks, find_blocks
 from niwaki.oneshot.capture import Captured, Segment, capture, primary, running, segments, without_caches
 from niwaki.oneshot.layers import PrunedLayer, comparing, owners_of
+from niwaki.oneshot.scratch import Settled
 from niwaki.oneshot.store import Store
 from niwaki.recipe import Recipe
 from niwaki.recipe.stages import once
@@ -73,7 +74,7 @@ def prune_blocks(
     memory: int | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
-    finished: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    settled: Settled | None = None,
 ) -> Blockwise:
     """Prune a pretrained model in place, block by block, by any recipe that needs no loss: ``wanda``, ``sparsegpt``, ``obc``, ...
 
@@ -97,8 +98,7 @@ def prune_blocks(
             is no room go to disk. The weights of the block (twice) and what it computes with come on top.
         device: where a block is while it is pruned; by default where it is.
         progress: called as ``progress(blocks done, blocks)``.
-        finished: called with each block that is done and its masks, by their names in the model; it returns the masks to hold on to. It may
-            put weights where they need less memory.
+        settled: keeps the weights of blocks that are not at work in files, and their masks when they are done.
 
     Raises:
         InputError: the recipe needs a loss or ranks all blocks together, no blocks are found, there are no data, or the model cannot be
@@ -136,8 +136,10 @@ def prune_blocks(
                 if progress is not None:
                     progress(blocks_done, total)
                 block = model.get_submodule(name)
+                if settled is not None:
+                    settled.take(block)
                 done = _prune_block(name, block, owned.get(name, {}), captured, plan)
-                kept |= done.masks if finished is None else finished(block, dict(done.masks))
+                kept |= done.masks if settled is None else settled.put(block, done.masks)
                 rows += done.layers
                 notes += done.notes
                 taken = max(taken, done.statistics_bytes)

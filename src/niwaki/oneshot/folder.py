@@ -92,7 +92,7 @@ def prune_folder(
             memory=memory,
             device=device,
             progress=progress,
-            finished=Settled(scratch),
+            settled=Settled(scratch),
         )
         notes += _write(model, source, folder, transformers, done.masks)
         done = Blockwise(done.masks, done.layers, done.blocks, (*done.notes, *notes))

@@ -87,6 +87,8 @@ def read_adapter(folder: str | Path) -> dict[str, Delta]:
     path = folder / "adapter_model.safetensors"
     with files.reading(path) as file:
         for name in file.names:
+            if name.endswith(".base_layer.weight"):
+                continue  # of an embedding, ``peft`` stores the frozen weight too
             found = _NAME.fullmatch(name.removeprefix(PREFIX))
             if found is None:
                 raise InputError(f"{path}: {name!r} is no lora_A or lora_B; what is trained besides cannot be merged under a mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import secrets
 import shutil
@@ -65,7 +66,7 @@ def _take_away_leftovers(out: Path) -> None:
 
 
 class Settled:
-    """Puts weights into files that are mapped into memory, so that they need none until they are used, and none for themselves then.
+    """Keeps weights in files that are mapped into memory, so that they need none of their own, but for a block that is at work.
 
     Args:
         folder: for the files; whoever made it takes it away.
@@ -74,7 +75,9 @@ class Settled:
     >>> layer = nn.Linear(2, 1)
     >>> before = layer.weight.detach().clone()
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     masks = Settled(Path(folder))(layer, {"weight": torch.tensor([[True, False]])})
+    ...     settled = Settled(Path(folder))
+    ...     settled.take(layer)
+    ...     masks = settled.put(layer, {"weight": torch.tensor([[True, False]])})
     ...     torch.equal(layer.weight, before), masks
     (True, {'weight': tensor([[ True, False]])})
     """
@@ -83,13 +86,19 @@ class Settled:
         self.folder = folder
         self._files = 0
 
-    def __call__(self, module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take(self, module: nn.Module) -> None:
+        """Give the parameters of a module memory of their own: pages of a mapped file that are written to stay as long as the mapping."""
+        for parameter in module.parameters():
+            parameter.data = parameter.detach().clone()
+
+    def put(self, module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put the parameters of a module (which stay the same objects) and masks into a file; return the masks."""
         parameters = {f"parameter {name}": p for name, p in module.named_parameters() if p.device.type == "cpu"}
         tensors = {name: p.detach().contiguous() for name, p in parameters.items()}
         mapped = self._mapped(tensors | {f"mask {name}": mask.contiguous() for name, mask in masks.items()})
         for name, parameter in parameters.items():
             parameter.data = mapped[name]
+        gc.collect()  # a sparsifier and its tensors refer to each other
         return {name: mapped[f"mask {name}"] for name in masks}
 
     def _mapped(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

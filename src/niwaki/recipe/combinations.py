@@ -349,8 +349,6 @@ def layers_are_solved(recipe: Slots, given: Collection[str]) -> str | None:
     if recipe.allocation.joint:
         allocation, choices = recipe.allocation.name, _choices("allocation", lambda cls: not getattr(cls, "joint"))  # noqa: B009
         return f"allocation: saliency {saliency!r} solves layer by layer, and {allocation!r} ranks all together; choices: {choices}"
-    if "scores" in recipe.allocation.wants:
-        return f"allocation: {recipe.allocation.name!r} looks at scores, and saliency {saliency!r} has none; choices: uniform, explicit"
     if recipe.normalization.name != "none":
         return f"normalization: {recipe.normalization.name!r} has no effect, as saliency {saliency!r} compares within a layer; drop it"
     if recipe.compensation is not None:

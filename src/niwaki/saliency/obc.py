@@ -17,8 +17,9 @@ class OBC(Solved):
     """Removes one weight of a row after the other, always the one that costs least, with the optimal update of all others.
 
     Each removal is exact: the weights are those with the least error that the row's support allows. How many go from a row follows from
-    the costs over all rows, as published, or is the same for each (``per: row``). Counts are exact; where H is singular, damping is
-    raised and told (the published code adds the identity, and says nothing).
+    the costs over all rows, or is the same for each (``per: row``). Over all rows, the one goes on that costs least next, as the paper
+    says; its code sorts all costs, although those of a row may fall, and leaves a larger error. Counts are exact; where H is singular,
+    damping is raised and told (the published code adds the identity).
 
     Attributes:
         damping: added to the diagonal of H, as a share of its mean.

@@ -107,6 +107,14 @@ class LassoChannels(Reconstruction):
     Follow it by ``compensation: least_squares``, the paper's second step.
 
     Source: He, Zhang, Sun 2017; the path: Efron, Hastie, Johnstone, Tibshirani 2004.
+
+    >>> from niwaki.granularity import InputChannel
+    >>> from niwaki.layout import Layout
+    >>> from niwaki.pieces import Grid
+    >>> layout, gram = Layout(("output", "input"), (1, 2)), torch.diag(torch.tensor([1.0, 3.0]))[None]
+    >>> seen = Observation("fc.weight", torch.tensor([[2.0, 1.0]]), layout=layout, statistics={InputGram(): gram})
+    >>> LassoChannels().score(seen, Grid(InputChannel(), layout))
+    tensor([[4., 3.]], dtype=torch.float64)
     """
 
     name = "lasso_channels"
@@ -130,6 +138,14 @@ class LinearDependence(Reconstruction):
         damping: added to H, as a share of its mean diagonal.
 
     Source: Castellano, Fanelli, Pelillo 1997; Chandrasekaran, Chen, Manry 2000.
+
+    >>> from niwaki.granularity import InputChannel
+    >>> from niwaki.layout import Layout
+    >>> from niwaki.pieces import Grid
+    >>> layout, gram = Layout(("output", "input"), (1, 2)), torch.diag(torch.tensor([1.0, 3.0]))[None]
+    >>> seen = Observation("fc.weight", torch.tensor([[2.0, 1.0]]), layout=layout, statistics={InputGram(): gram})
+    >>> LinearDependence().score(seen, Grid(InputChannel(), layout))
+    tensor([[1., 0.]], dtype=torch.float64)
     """
 
     name = "linear_dependence"

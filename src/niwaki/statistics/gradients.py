@@ -13,9 +13,11 @@ from niwaki.statistics.base import Labels, Source, Statistic
 class GradientStatistic(Statistic):
     """Base: something about gradients ``g_j`` of the mean loss of ``samples_per_gradient`` examples each.
 
+    Several ranks share the gradients out evenly. If the data has fewer, there is a warning and all of them count.
+
     Attributes:
         gradients: how many; None for all that the data has.
-        samples_per_gradient: examples of one gradient; None: a batch as the data has it.
+        samples_per_gradient: examples of one gradient, whatever batches they come in; None: a batch as the data has it.
         labels: of the data, or drawn from the model's softmax (true Fisher).
     """
 
@@ -38,7 +40,7 @@ class GradientSquare(GradientStatistic):
 
 @dataclass(frozen=True)
 class GradientBank(GradientStatistic):
-    """The gradients themselves: ``[gradients, *view]``, float32 (float64 of a float64 model)."""
+    """The gradients themselves: ``[gradients, *view]``, float32 (float64 of a float64 model); of one rank after the other."""
 
     gradients: int | None = 400
 

@@ -45,7 +45,7 @@ class InputZeros(InputStatistic):
 
 @dataclass(frozen=True)
 class InputSquare(InputStatistic):
-    """Mean of ``x²`` of each column; in the view, size 1 but for groups, inputs and kernel positions."""
+    """Mean of ``x²`` of each column; in the view, size 1 but for groups, inputs and kernel positions. Not of transposed convolutions."""
 
     columns: ClassVar[bool] = True
 
@@ -54,7 +54,7 @@ class InputSquare(InputStatistic):
 class InputGram(InputStatistic):
     """Mean of ``x xᵀ`` over observations, second moments of the columns: ``[groups, columns, columns]``.
 
-    Twice this is the Hessian of ``mean ‖W x - Y‖²`` for every row of W.
+    Twice this is the Hessian of ``mean ‖W x - Y‖²`` for every row of W. Not of transposed convolutions, which cut out no columns.
     """
 
     columns: ClassVar[bool] = True
@@ -78,7 +78,7 @@ class InputCovariance(InputStatistic):
 class InputResponses(InputStatistic):
     """Mean of each input over the positions of an example, example by example: ``[examples, inputs]``, the first ``examples`` of the data.
 
-    On several ranks: those of all ranks, one rank after the other.
+    An example is an entry of the first dimension of what the weight's module reads. Ranks contribute equal shares, one after the other.
     """
 
     examples: int = 512

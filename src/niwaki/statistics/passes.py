@@ -51,7 +51,8 @@ class PassStatistic(Statistic):
 class SynapticFlow(PassStatistic):
     """``∂R/∂|w|`` of ``R = 1ᵀ f(1)``, f with all parameters and buffers replaced by their absolute values, in evaluation mode; float64.
 
-    The data only tell the shape of an input. Tanaka, Kunin, Yamins, Ganguli 2020 (SynFlow).
+    It takes one forward and one backward pass of a single example in float64. The data only tell the shape of an input, but words
+    (integers) stay what they are. Tanaka, Kunin, Yamins, Ganguli 2020 (SynFlow).
     """
 
 
@@ -59,7 +60,8 @@ class SynapticFlow(PassStatistic):
 class Relevance(PassStatistic):
     """Importance of each input, propagated from the last responses by ``s_(l-1) = |W_l|ᵀ s_l``; view, size 1 but for groups and inputs.
 
-    Of a map of positions: their sum. Yu et al. 2018 (NISP).
+    Of a map of positions: their sum. Biases count nothing, activation functions pass everything, batch normalization scales. It takes one
+    backward pass of a single example in float64, and for a ranking a forward pass over the data. Yu et al. 2018 (NISP).
 
     Attributes:
         final: importance of the last responses: their infinite feature ranking (Roffo et al. 2015), or all alike.
@@ -79,7 +81,10 @@ class OutputSensitivity(PassStatistic):
 
 @dataclass(frozen=True)
 class HessianGradient(PassStatistic):
-    """``H g`` of the loss over the data, with logits divided by ``temperature``; view, float64. Wang, Zhang, Grosse 2020 (GraSP)."""
+    """``H g`` of the mean loss over the data, with logits divided by ``temperature``; view, float64. Wang, Zhang, Grosse 2020 (GraSP).
+
+    H and g are of all weights that are watched and active, together. It takes two passes over the data, the second one twice as long.
+    """
 
     needs_loss: ClassVar[bool] = True
 
@@ -93,7 +98,7 @@ class HessianDiagonal(PassStatistic):
     Attributes:
         estimate: ``exact`` by one backward pass a weight (small models), ``hutchinson`` by products with random signs, ``gauss_newton``
             by random signs through the Gauss-Newton matrix (never negative).
-        probes: random vectors of an estimate.
+        probes: random vectors of an estimate for each batch: as many backward passes, through the gradient itself for ``hutchinson``.
     """
 
     needs_loss: ClassVar[bool] = True
@@ -104,9 +109,16 @@ class HessianDiagonal(PassStatistic):
 
 @dataclass(frozen=True)
 class Hessian(PassStatistic):
-    """The whole Hessian of the mean loss over the data, of all tensors together: a :class:`JointMatrix`, float64."""
+    """The whole Hessian of the mean loss over the data, of all tensors together: one :class:`JointMatrix` for all of them, float64.
+
+    It takes a backward pass in float64 for each weight and batch.
+    """
 
     needs_loss: ClassVar[bool] = True
+
+    def memory(self, layout: Layout) -> int:
+        """Return the bytes of the tensor's own block and of one copy of it; those between tensors come on top."""
+        return 2 * 8 * layout.elements**2
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,10 @@ class PathSensitivity(StepStatistic):
 
 @dataclass(frozen=True)
 class StepGradients(StepStatistic):
-    """The gradients of the last ``window`` steps, oldest first: ``[steps, *view]``, float32."""
+    """The gradients of the last ``window`` steps, oldest first: ``[steps, *view]``, float32 (float64 of a float64 weight).
+
+    The value is the window itself, without a copy: it changes with the next step.
+    """
 
     window: int = 512
 

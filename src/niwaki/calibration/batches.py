@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from niwaki.calibration.passes import Arguments
+from niwaki.calibration.passes import Arguments, pairs
 from niwaki.errors import InputError
 
 
@@ -97,6 +97,23 @@ class Examples:
             )
         both = [torch.cat([a, b]) if by else a for a, b, by in zip(self.tensors, other.tensors, self.by_example, strict=True)]
         return replace(self, tensors=both, size=self.size + other.size)
+
+
+def examples(data: Iterable[tuple[Any, Any]], count: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Yield parts of the batches with ``count`` examples each; the last of a batch may have fewer.
+
+    Raises:
+        InputError: a batch whose inputs have no tensor with a first dimension.
+
+    >>> [inputs.tolist() for inputs, _ in examples([(torch.arange(3), None)], 2)]
+    [[0, 1], [2]]
+    """
+    for inputs, targets in pairs(data):
+        if not any(tensor.ndim for tensor in leaves(inputs)):
+            raise InputError(f"data: expected inputs with a first dimension of examples, got {type(inputs).__name__}")
+        batch = Examples.of(inputs, targets)
+        for start in range(0, batch.size, count):
+            yield batch.part(start, min(start + count, batch.size)).value
 
 
 def in_float64(value: Any) -> Any:
