@@ -58,7 +58,7 @@ def _component(slot: str, cls: type[Component], known: list[str]) -> str:
         ("equation", f"`{cls.equation}`"),
         ("cost", cls.effort),
         ("looks at", looks_at(cls)),
-        ("use it for", cls.advice),
+        ("when to use it", cls.advice),
         ("settings", "<br>".join(_settings(cls))),
         ("source", cls.source),
     ]

@@ -137,7 +137,7 @@ def test_a_wrong_time_is_told_once(toy):
 
 def test_a_component_of_another_slot_is_refused(toy):
     assert message("saliency", toy["Plain"]()) == "saliency: 'plain' is a component of toy, not of saliency"
-    assert message("toy", build("saliency", "synflow")) == "toy: 'synflow' is a component of saliency, not of toy"
+    assert message("toy", build("saliency", "signal_to_noise")) == "toy: 'signal_to_noise' is a component of saliency, not of toy"
 
 
 @pytest.mark.parametrize("data", ["later", {"later": {"size": 3, "parts": [1, {"a": None}]}}, {"later": 3}])

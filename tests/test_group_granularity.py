@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import niwaki
 from niwaki import ranking
-from niwaki.calibration import mean_activity
+from niwaki.calibration import Watched, collect
 from niwaki.dependency import Group, Member, find_groups
 from niwaki.errors import InputError
 from niwaki.granularity import Block, Element, Kernel, OutputChannel
@@ -24,6 +24,7 @@ from niwaki.ranking import rank_targets
 from niwaki.recipe import Prune, Recipe
 from niwaki.saliency import Observation, Saliency
 from niwaki.sparsifier import hold
+from niwaki.statistics import InputSize
 
 # ---------------------------------------------------------------- models with groups made by hand
 
@@ -790,7 +791,8 @@ def test_activity_is_the_mean_size_of_what_each_weight_reads():
     weights = {name: model.get_parameter(f"{name}.weight") for name in ("words", *seen)}
     layouts = {w: layout_of(model.get_submodule(name), "weight", w.shape) for name, w in weights.items()}
     state = torch.random.get_rng_state()
-    found = mean_activity(model, data, layouts, {w: name for name, w in weights.items()})
+    read = collect(model, data, None, [Watched(name, w, layouts[w]) for name, w in weights.items()], [InputSize()])
+    found = {w: read[name][InputSize()] for name, w in weights.items()}
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
@@ -828,14 +830,18 @@ def test_activity_decides_over_groups_and_of_columns():
     weight = recurrent.weight_ih_l0
     layout = layout_of(recurrent, "weight_ih_l0", weight.shape)
     with pytest.raises(InputError, match="weight_ih_l0: what it reads cannot be observed"):
-        mean_activity(recurrent, [(torch.zeros(4, 3), None)], {weight: layout}, {weight: "weight_ih_l0"})
+        collect(recurrent, [(torch.zeros(4, 3), None)], None, [Watched("weight_ih_l0", weight, layout)], [InputSize()])
 
 
 def test_scores_of_each_batch_are_averaged_and_training_is_not_disturbed():
     """An update in the middle of a run: the gradients of the statistics are not those of the step."""
 
     class PerBatch(Saliency):
-        needs = frozenset({"batch_gradients"})
+        needs = frozenset({"gradient"})
+
+        @property
+        def averages(self):
+            return "batch"
 
         def score(self, seen: Observation, reduce):
             return reduce(seen.weight * seen.gradient).abs()

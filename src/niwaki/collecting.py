@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from niwaki.binding import Bound
 from niwaki.calibration import (
+    Replay,
     Watched,
     add_gradient,
     collect,
@@ -77,7 +78,8 @@ class Statistics:
         seed: int = 0,
         memory: int | None = None,
     ) -> None:
-        self.model, self.recipe, self.data, self.loss = model, recipe, data, loss
+        self.model, self.recipe, self.loss = model, recipe, loss
+        self.data = Replay(data) if data is not None and iter(data) is data else data
         self.seed, self.memory = seed, memory
         self.collecting = False
         """Whether gradients that are accumulated now are statistics, and none of the training's own."""
@@ -130,9 +132,10 @@ class Statistics:
         """
         asked = {request: bounds for request, bounds in asked.items() if request.source != "steps" and bounds}
         self._require_memory(asked)
-        sharded = next((bound.name for bounds in asked.values() for bound in bounds if bound.group is not None), None)
-        if sharded is not None:
-            raise InputError(f"{sharded}: it is sharded, and {_named(asked)} is collected of whole tensors; prune before sharding")
+        for request, bounds in asked.items():
+            sharded = next((bound.name for bound in bounds if bound.group is not None and request.source != "inputs"), None)
+            if sharded is not None:
+                raise InputError(f"{sharded}: it is sharded, and {type(request).__name__} is of whole tensors; prune before sharding")
         found: dict[str, dict[Statistic, Any]] = {}
         together: dict[tuple[str, ...], list[Statistic]] = {}
         for request, bounds in asked.items():
@@ -188,10 +191,6 @@ class Statistics:
                 yield
         finally:
             self.collecting = False
-
-
-def _named(asked: Iterable[Statistic]) -> str:
-    return ", ".join(type(request).__name__ for request in asked)
 
 
 def memory_of(asked: Mapping[Statistic, Sequence[Bound]]) -> int:

@@ -74,7 +74,7 @@ def _biases(model: nn.Module) -> dict[nn.Parameter, tuple[str, nn.Parameter]]:
         if isinstance(module, BIASED) or is_transposed_linear(module):
             bias = getattr(module, "bias", None)
             if isinstance(bias, nn.Parameter):
-                found[module.weight] = (canonical_name(f"{path}.bias" if path else "bias"), bias)  # type: ignore[index]
+                found[module.weight] = (canonical_name(f"{path}.bias" if path else "bias"), bias)
     return found
 
 

@@ -94,9 +94,10 @@ def test_cases_are_measured_once_and_kept(folder: Path, networks: dict[str, ones
     assert shown.get().count("\nflat ") == 4
     assert "statistics anew" in shown.get()
     assert "±" in shown.get()
-    mean = (rows[1]["accuracy_cut"] + rows[2]["accuracy_cut"]) / 2
-    assert oneshot.curves(rows)["net"]["snip"] == [(0.5, pytest.approx(mean))]
-    assert oneshot.curves(rows, "accuracy_recovered")["net"]["snip"] == [(0.5, rows[1]["accuracy_recovered"])]
+    shown_curves = oneshot.curves(rows)
+    assert shown_curves["net"]["dense"] == {0.0: [rows[0]["accuracy_dense"]]}
+    assert shown_curves["net"]["snip"] == {0.5: [rows[1]["accuracy_cut"], rows[2]["accuracy_cut"]]}
+    assert oneshot.curves(rows, "accuracy_recovered")["flat"]["snip"] == {0.5: [rows[4]["accuracy_recovered"]]}
 
 
 def test_what_failed_is_told_and_tried_again(folder: Path, networks: dict[str, oneshot.Network], monkeypatch: pytest.MonkeyPatch) -> None:

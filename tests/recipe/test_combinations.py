@@ -171,6 +171,78 @@ REFUSED = [
         f"{{sparsity: 0.9, relaxation: latent, penalty: exploration_l2, {UPDATES}}}",
         "penalty: 'exploration_l2' needs gradient: {superset: {sparsity: S}}, not 'active'",
     ),
+    # mask and weights of a layer together
+    (
+        "{sparsity: 0.5, saliency: sparsegpt, granularity: filter}",
+        "granularity: saliency 'sparsegpt' chooses single weights, not pieces of 'channel'; choices: element, 2:4",
+    ),
+    (
+        "{sparsity: 0.5, saliency: obc, allocation: global}",
+        "allocation: saliency 'obc' solves layer by layer, and 'global' ranks all together; choices: amc, dynamic_programming, ",
+    ),
+    (
+        "{sparsity: 0.5, saliency: obc, normalization: lamp}",
+        "normalization: 'lamp' has no effect, as saliency 'obc' compares within a layer; drop it",
+    ),
+    (
+        "{sparsity: 0.5, saliency: sparsegpt, compensation: least_squares}",
+        "compensation: 'least_squares' has no effect, as saliency 'sparsegpt' gives survivors their weights; drop it",
+    ),
+    (
+        f"{{sparsity: 0.5, saliency: sparsegpt, growth: random, {UPDATES}}}",
+        "saliency: 'sparsegpt' changes weights for good, so that nothing can come back; choices: growth: none, relaxation: hard",
+    ),
+    (
+        f"{{sparsity: 0.5, saliency: obc, relaxation: latent, {UPDATES}}}",
+        "saliency: 'obc' changes weights for good, so that nothing can come back; choices: growth: none, relaxation: hard",
+    ),
+    # what survivors do
+    ("{compensation: batchnorm_recalibration, penalty: l1}", "compensation: 'batchnorm_recalibration' is about what goes, and nothing is"),
+    (
+        f"{{sparsity: 0.5, compensation: least_squares, relaxation: latent, {UPDATES}}}",
+        "compensation: 'least_squares' is of weights that go, and relaxation 'latent' keeps them; choices: hard",
+    ),
+    (
+        "{sparsity: 0.5, compensation: least_squares, schedule: {one_shot: {rounds: 3, revive: true}}}",
+        "compensation: 'least_squares' cannot be taken back, as the rounds of schedule.one_shot.revive do; drop one",
+    ),
+    (
+        "{sparsity: 0.5, compensation: obs}",
+        "compensation: 'obs' needs a saliency with a curvature, not 'magnitude'; choices: ",
+    ),
+    (
+        "{sparsity: 0.5, compensation: merge}",
+        "compensation: 'merge' is about units, not pieces of 'element'; choices: channel, head, group",
+    ),
+    (
+        "{sparsity: 0.5, granularity: channel, compensation: coreset}",
+        "compensation: 'coreset' gives a sample the weights that it was drawn with: saliency: coreset with the same fields",
+    ),
+    (
+        "{sparsity: 0.5, granularity: channel, saliency: {coreset: {examples: 64}}, compensation: coreset}",
+        "compensation: 'coreset' gives a sample the weights that it was drawn with: saliency: coreset with the same fields",
+    ),
+    # budgets
+    (
+        "{sparsity: 0.5, granularity: channel, saliency: coreset, allocation: global}",
+        "allocation: saliency 'coreset' draws from each layer by itself, and 'global' ranks all together; choices: uniform, explicit",
+    ),
+    (
+        "{sparsity: 0.5, allocation: {flops_budget: {flops: 0.25}}}",
+        "sparsity: 0.5 contradicts allocation.flops_budget, which ends at 0.75; drop it or say 0.75",
+    ),
+    (
+        "{sparsity: 0.5, allocation: redistribution}",
+        "allocation: 'redistribution' shares out what grows back, and growth 'none' does not; choices: gradient, random",
+    ),
+    ("{sparsity: 0.5, granularity: 4x1, allocation: {uniform: {per: row}}}", "allocation.uniform.per: 'row' is of single weights that are"),
+    (f"{{sparsity: 0.5, growth: random, {UPDATES}, allocation: {{uniform: {{per: row}}}}}}", "allocation.uniform.per: 'row' is of single"),
+    # units are compared with their likes
+    *(
+        (f"{{sparsity: 0.5, granularity: layer, saliency: {name}}}", f"saliency: {name!r} compares the units of one tensor, and a tensor")
+        for name in ("similarity", "merge_cost", "correlation", "subset_selection", "coreset")
+    ),
+    ("{sparsity: 0.5, granularity: input_channel, saliency: merge_cost}", "granularity: 'input_channel' has no activity of its own, which"),
     # what is sent
     ("{sparsity: 0.9, memory: error_feedback}", "memory: 'error_feedback' is of gradients that were not sent; it needs target: gradients"),
     ("{sparsity: 0.9, memory: error_feedback, target: activations}", "memory: 'error_feedback' is of gradients"),
@@ -206,6 +278,18 @@ def test_impossible_combinations_are_refused(yaml, said):
         "{sparsity: 0.5, growth: all, schedule: {list: {sparsity: [0.9, 0.5], every: 1 steps}}}",
         "{sparsity: 0.5, schedule: {linear: {initial: 0.5}}}",
         "{sparsity: 0.9, schedule: {phases: {dense: [0], sparse: [10], unit: steps}}}",
+        "{sparsity: 0.5, saliency: sparsegpt}",
+        "{granularity: 2:4, saliency: sparsegpt}",
+        "{sparsity: 0.5, saliency: obc, allocation: erdos_renyi}",
+        "{sparsity: 0.5, saliency: woodfisher, compensation: obs, schedule: cubic}",
+        "{sparsity: 0.5, compensation: batchnorm_recalibration, schedule: {one_shot: {rounds: 3, revive: true}}}",
+        "{sparsity: 0.5, granularity: channel, compensation: merge}",
+        "{sparsity: 0.5, granularity: channel, saliency: {coreset: {examples: 64}}, compensation: {coreset: {examples: 64}}}",
+        "{allocation: {flops_budget: {flops: 0.25}}}",
+        "{sparsity: 0.75, allocation: {flops_budget: {flops: 0.25}}}",
+        f"{{sparsity: 0.5, allocation: redistribution, growth: gradient, {UPDATES}}}",
+        "{sparsity: 0.5, allocation: {uniform: {per: row}}, saliency: wanda}",
+        "{sparsity: 0.5, granularity: layer, saliency: taylor}",
         # not judged: these come later
         "{relaxation: hard_concrete, granularity: filter, saliency: score, gradient: dense}",
         "{saliency: signal_to_noise, selection: {threshold: 1}, relaxation: variational_noise}",
@@ -221,7 +305,7 @@ def test_impossible_combinations_are_refused(yaml, said):
         "{granularity: channel, penalty: group_lasso}",
         "{granularity: 4x1, penalty: {group_lasso: {apply: proximal}}}",
         "{sparsity: 0.9, growth: momentum}",
-        "{sparsity: 0.9, saliency: apoz, relaxation: straight_through}",
+        "{sparsity: 0.9, saliency: signal_to_noise, relaxation: straight_through}",
         "{sparsity: 0.9, memory: error_feedback, target: gradients}",
     ],
 )

@@ -52,10 +52,10 @@ def test_every_field_of_a_stage_is_read_and_written():
 
 def test_components_to_come_are_found_in_every_stage():
     recipe = Recipe.from_yaml(
-        "stages: [{stages: [{prune: {fraction: 0.1, saliency: obd}}, {for: 1 run, objective: adversarial}]}, {for: 1 run, target: heads}]"
+        "stages: [{stages: [{prune: {fraction: 0.1, saliency: signal_to_noise}}, {for: 1 run, objective: adversarial}]}, {for: 1 run, target: heads}]"
     )
-    assert recipe.missing == ["saliency 'obd'", "objective 'adversarial'", "target 'heads'"]
-    with pytest.raises(InputError, match="cannot run yet: saliency 'obd', "):
+    assert recipe.missing == ["saliency 'signal_to_noise'", "objective 'adversarial'", "target 'heads'"]
+    with pytest.raises(InputError, match="cannot run yet: saliency 'signal_to_noise', "):
         recipe.require_complete()
 
 
@@ -97,7 +97,7 @@ def test_stages_take_slots_of_the_recipe_around_them():
         ("[{prune: {fraction: 0}}]", "stages[0].prune.fraction: Input should be greater than 0, got 0"),
         (
             "[{prune: {fraction: 0.2, salience: x}}]",
-            "stages[0].prune: unknown field 'salience'; did you mean 'saliency'? choices: allocation, fraction, ",
+            "stages[0].prune: unknown field 'salience'; did you mean 'saliency'? choices: allocation, compensation, fraction, ",
         ),
         ("[{prune: {fraction: 0.2, saliency: x}}]", "stages[0].prune.saliency: unknown component 'x'; choices: "),
         (

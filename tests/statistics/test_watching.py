@@ -15,6 +15,7 @@ from niwaki.statistics import (
     InputResponses,
     InputSize,
     KroneckerFactors,
+    Momentum,
     Movement,
     PathSensitivity,
     StepGradients,
@@ -37,14 +38,20 @@ def expected(request, w, g):
     steps = np.diff(w, axis=0)
     return {
         InitialWeight: lambda: w[0],
-        Movement: lambda: -(g * w[: len(g)]).sum(0),
+        Movement: lambda: -(g * w[: len(g)]).sum(0) if request.decay is None else averaged(-g * w[: len(g)], request.decay),
+        Momentum: lambda: averaged(g, request.decay),
         WeightChange: lambda: np.abs(steps).sum(0),
         PathSensitivity: lambda: (g * steps).sum(0),
         StepGradients: lambda: g[-4:],
     }[type(request)]()
 
 
-REQUESTS = [InitialWeight(), Movement(), WeightChange(), PathSensitivity(), StepGradients(window=4)]
+def averaged(values, decay):
+    """``Σ_t (1 - d) d^(T-1-t) v_t``, written out."""
+    return sum((1 - decay) * decay ** (len(values) - 1 - t) * values[t] for t in range(len(values)))
+
+
+REQUESTS = [InitialWeight(), Movement(), Movement(0.8), Momentum(0.9), WeightChange(), PathSensitivity(), StepGradients(window=4)]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: type(r).__name__)

@@ -16,6 +16,9 @@ from niwaki.allocation.uniform import Uniform
 from niwaki.errors import InputError
 from niwaki.saliency import Observation
 from niwaki.selection import kept
+from niwaki.statistics import Momentum, Statistic
+
+MOMENTUM = Momentum(0.9)
 
 INITIAL: dict[str, Callable[[], Allocation]] = {
     "uniform": Uniform,
@@ -33,8 +36,8 @@ class Redistribution(Allocation):
     the drop leaves, every layer gives up the same share.
 
     Attributes:
-        by: mean absolute ``weight``, or ``gradient`` of the step, of the active weights; number of ``nonzeros`` among them; or number of
-            ``survivors``, the pieces that are left after the drop.
+        by: of the active weights the mean absolute ``momentum`` (moving average of gradients, 0.9), ``weight`` or ``gradient`` of the step,
+            or the number of ``nonzeros``; or the number of ``survivors``, the pieces that are left after the drop.
         initial: budgets of the first masks.
 
     Raises:
@@ -47,13 +50,18 @@ class Redistribution(Allocation):
     """
 
     name = "redistribution"
-    equation = "n_l = survivors_l + min(free_l, e m_l), m_l: mean |w|, mean |g| or number of active weights; e such that sum n_l = K"
+    equation = "n_l = survivors_l + min(free_l, e m_l), m_l: mean |m|, |w| or |g|, or number of active weights; e such that sum n_l = K"
     source = "Dettmers & Zettlemoyer 2019 (sparse momentum); Mostafa & Wang 2019 (DSR: survivors)"
     effort = "a sum over the active weights"
     advice = "drop-and-grow training where layers should find their own density"
 
-    by: Literal["weight", "gradient", "nonzeros", "survivors"] = "weight"
+    by: Literal["momentum", "weight", "gradient", "nonzeros", "survivors"] = "momentum"
     initial: Literal["uniform", "erdos_renyi", "erdos_renyi_kernel"] = "uniform"
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The moving average of the gradients, if growth is shared out by it."""
+        return (MOMENTUM,) if self.by == "momentum" else ()
 
     @property
     def wants(self) -> frozenset[str]:  # noqa: D102
@@ -88,7 +96,7 @@ class Redistribution(Allocation):
         return rate
 
     def _active(self, seen: Observation) -> Tensor:
-        values = seen.gradient if self.by == "gradient" else seen.weight
+        values = seen.of(MOMENTUM) if self.by == "momentum" else seen.gradient if self.by == "gradient" else seen.weight
         if values is None:
             raise InputError(f"allocation.redistribution: {seen.name!r} has no gradient at step {seen.step}")
         return values.detach() if seen.active is None else values.detach()[seen.active.reshape(values.shape)]

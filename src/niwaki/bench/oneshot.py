@@ -359,21 +359,19 @@ def table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return result
 
 
-def curves(rows: Iterable[Mapping[str, Any]], field: str = "accuracy_cut") -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return, for a plot, of each network and method the points (sparsity, mean over the seeds).
+def curves(rows: Iterable[Mapping[str, Any]], field: str = "accuracy_cut") -> dict[str, dict[str, dict[float, list[float]]]]:
+    """Return, for a plot, of each network and method the values at each sparsity, one for each seed; dense ones among the methods, at 0.
 
-    >>> row = {"network": "net", "method": "snip", "sparsity": 0.5, "accuracy_cut": 0.75}
+    >>> row = {"network": "net", "method": "snip", "sparsity": 0.5, "accuracy_dense": 1.0, "accuracy_cut": 0.75}
     >>> curves([row, {**row, "accuracy_cut": 0.25}])
-    {'net': {'snip': [(0.5, 0.5)]}}
+    {'net': {'dense': {0.0: [1.0]}, 'snip': {0.5: [0.75, 0.25]}}}
     """
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    found: dict[str, dict[str, dict[float, list[float]]]] = {}
     for (network, method), own in _grouped(rows).items():
-        values = {
-            s: [row[field] for row in own if row["sparsity"] == s and row.get(field) is not None] for s in {r["sparsity"] for r in own}
-        }
-        points = [(sparsity, fmean(values[sparsity])) for sparsity in sorted(values) if values[sparsity]]
-        if points:
-            found.setdefault(network, {})[method] = points
+        for row in own:
+            if row.get(field) is not None:
+                methods = found.setdefault(network, {"dense": {0.0: [row["accuracy_dense"]]}})
+                methods.setdefault(method, {}).setdefault(row["sparsity"], []).append(row[field])
     return found
 
 

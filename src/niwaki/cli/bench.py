@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group, no_args_is_help=False, epilog="Example: niwaki bench upkeep")
 def bench() -> None:
-    """Measure on this machine: mask upkeep, selection; try on how many architectures removal works; compare criteria for filters."""
+    """Measure on this machine: mask upkeep, selection; how many architectures removal works on; criteria for filters and weights."""
 
 
 @bench.command(epilog="\b\nExamples:\n  niwaki bench upkeep\n  niwaki bench upkeep --network resnet20 --rounds 50")
@@ -144,16 +144,12 @@ def structured(
     from niwaki.bench import structured as measurement
 
     installed = [measurement.NIWAKI, *([measurement.PEER] if measurement.has_peer() else [])]
-    given = (
+    _require_known(
         ("model", networks, measurement.NETWORKS),
         ("criterion", criteria, measurement.CRITERIA),
         ("allocation", allocations, measurement.ALLOCATIONS),
         ("by", makers, installed),
     )
-    for option, names, known in given:
-        for name in names:
-            if name not in known:
-                raise InputError(f"--{option}: there is no {name!r}; {did_you_mean(name, known)}")
     chosen = measurement.cases(
         networks or measurement.NETWORKS, criteria or tuple(measurement.CRITERIA), allocations or ("uniform",), makers or installed
     )
@@ -171,6 +167,136 @@ def structured(
         measurement.DEFINITIONS,
         as_json,
     )
+
+
+@bench.command(
+    epilog="\b\nExamples:\n  niwaki bench oneshot --data DATA --out oneshot.json\n"
+    "  niwaki bench oneshot --data DATA --out oneshot.json --network lenet_300_100 --method snip --method woodfisher --plot cut.svg"
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="NIWAKI_DATA",
+    metavar="DIR",
+    help="With CIFAR-10, models/cifar10_resnet20.safetensors and Fashion-MNIST; by default what the variable NIWAKI_DATA says.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON; what it already holds is not repeated.")
+@click.option("--network", "networks", multiple=True, metavar="NAME", help="lenet_300_100 or resnet20; by default both.")
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="Such as magnitude, snip or woodfisher; by default all.")
+@click.option(
+    "--sparsity",
+    "sparsities",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="S",
+    help="By default 0.5, 0.7, 0.8, 0.9, 0.95 and 0.98.",
+)
+@click.option(
+    "--recover",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="S",
+    help="Sparsities after which an epoch of training follows, with the first seed; by default 0.8, 0.9 and 0.95.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Draws of calibration data.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the accuracies right after the cut (SVG or PNG).")
+@click.option("--show", is_flag=True, help="Measure nothing: show what --out holds.")
+@json_option
+def oneshot(
+    data: Path | None,
+    out: Path,
+    networks: tuple[str, ...],
+    methods: tuple[str, ...],
+    sparsities: tuple[float, ...],
+    recover: tuple[float, ...],
+    seeds: int,
+    plot: Path | None,
+    show: bool,
+    as_json: bool,
+) -> None:
+    """Prune trained networks at once by many criteria: accuracy right after the cut and after an epoch of recovery, time and memory.
+
+    This takes seconds to minutes a case, and hours for all of them; it can be interrupted, and goes on with the case that it was at.
+    """
+    from niwaki.bench import oneshot as measurement
+    from niwaki.bench.plot import draw
+    from niwaki.bench.results import stored
+
+    _require_known(("network", networks, measurement.NETWORKS), ("method", methods, measurement.METHODS))
+    chosen = measurement.cases(
+        networks or tuple(measurement.NETWORKS), methods or tuple(measurement.METHODS), sparsities or measurement.SPARSITIES, seeds
+    )
+    with _progress("measuring") as progress:
+        recovered = recover or measurement.RECOVERED
+        rows = stored(out)["rows"] if show else measurement.run(chosen, data, out, recover=recovered, progress=progress)
+    if plot is not None:
+        moments = {name: measurement.curves(rows, field) for field, name in measurement.WHEN.items()}
+        draw(moments, {name: method.family for name, method in measurement.METHODS.items()}, plot)
+    about = "trained networks, single weights, no training before the cut"
+    _show("one-shot pruning", about, rows, measurement.table(rows), measurement.DEFINITIONS, as_json)
+
+
+@bench.command(
+    epilog="\b\nExamples:\n  niwaki bench blocks --data DATA --out blocks.json\n"
+    "  niwaki bench blocks --data DATA --embeddings MINILM --out blocks.json --method wanda --method sparsegpt"
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="NIWAKI_DATA",
+    metavar="DIR",
+    help="With stories260K, its text and SST-2; by default what the variable NIWAKI_DATA says.",
+)
+@click.option("--embeddings", type=click.Path(path_type=Path), metavar="DIR", help="Folder of a sentence-embedding BERT, such as MiniLM.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON; what it already holds is not repeated.")
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="magnitude, wanda, sparsegpt or obc; by default all.")
+@click.option("--pattern", "patterns", multiple=True, metavar="P", help="A sparsity or N:M; by default 0.5 and 2:4.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Draws of calibration data.")
+@click.option("--show", is_flag=True, help="Measure nothing: show what --out holds.")
+@json_option
+def blocks(
+    data: Path | None,
+    embeddings: Path | None,
+    out: Path,
+    methods: tuple[str, ...],
+    patterns: tuple[str, ...],
+    seeds: int,
+    show: bool,
+    as_json: bool,
+) -> None:
+    """Prune pretrained transformers block by block: the loss of stories260K, and how far sentence embeddings drift."""
+    from functools import partial
+
+    from niwaki.bench import blocks as measurement
+    from niwaki.bench.results import stored
+
+    _require_known(("method", methods, measurement.METHODS))
+    networks = {"stories260k": partial(measurement.stories, data)}
+    if embeddings is not None:
+        networks["embeddings"] = partial(measurement.embeddings, data, embeddings)
+    with _progress("measuring") as progress:
+        rows = (
+            stored(out)["rows"]
+            if show
+            else measurement.run(
+                networks,
+                out,
+                methods=methods or tuple(measurement.METHODS),
+                patterns=patterns or measurement.PATTERNS,
+                seeds=seeds,
+                progress=progress,
+            )
+        )
+    about = "pretrained transformers, each block on what the pruned ones before it put out"
+    _show("block by block", about, rows, measurement.table(rows), measurement.DEFINITIONS, as_json)
+
+
+def _require_known(*given: tuple[str, tuple[str, ...], Iterable[str]]) -> None:
+    """Refuse names that an option does not have."""
+    for option, names, known in given:
+        for name in names:
+            if name not in known:
+                raise InputError(f"--{option}: there is no {name!r}; {did_you_mean(name, known)}")
 
 
 def _show(title: str, about: str, rows: list[dict[str, Any]], table: Table, notes: Iterable[str], as_json: bool) -> None:

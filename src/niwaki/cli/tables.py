@@ -257,14 +257,16 @@ def print_method(method: Method) -> None:
         out.print(Padding(items, (0, 0, 0, 2)))
         out.print()
     out.print(Text("recipe", style="bold"))
-    out.print(Padding(Syntax(method.recipe.to_yaml().rstrip(), "yaml", theme="ansi_dark", background_color="default"), (0, 0, 0, 2)))
+    written = Syntax("", "yaml", theme="ansi_dark", background_color="default").highlight(textwrap.indent(method.recipe.to_yaml(), "  "))
+    written.rstrip()
+    out.print(written, soft_wrap=True)  # a line that was broken would not be read as YAML any more
     equations = {(slot, type(c)): None for slot, c in _components(method.recipe) if type(c).equation}
     if equations:
         out.print()
         out.print(Text("equations", style="bold"))
         for slot, component in equations:
             out.print(Padding(Text.assemble((f"{slot} {component.name}: ", "bold dim"), component.equation), (0, 0, 0, 2)))
-            for what, said in (("cost", component.effort), ("use it for", component.advice)):
+            for what, said in (("cost", component.effort), ("when to use it", component.advice)):
                 if said:
                     out.print(Padding(Text.assemble((f"{what}: ", "dim"), said), (0, 0, 0, 4)))
 

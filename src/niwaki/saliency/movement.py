@@ -1,6 +1,9 @@
 """Scores that add up what training has done to the weights, step by step, since the sparsifier was attached."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from niwaki.saliency.base import Observation, Reduce, Saliency
@@ -21,22 +24,27 @@ class AccumulatedMovement(Saliency):
     >>> seen = Observation("weight", torch.zeros(2), statistics={Movement(): torch.tensor([2.0, -1.0])})
     >>> AccumulatedMovement().score(seen, lambda values: values.sum())
     tensor(1., dtype=torch.float64)
+
+    Attributes:
+        decay: of earlier steps (0.8 in skeletonization, with units: Mozer & Smolensky 1988); None: all steps count alike.
     """
 
     name = "accumulated_movement"
-    equation = "s = -Σ_t g_t w_t, summed over the piece"
+    equation = "s = -Σ_t g_t w_t, or s <- d s - (1 - d) g_t w_t, summed over the piece"
     source = "Sanh et al. 2020"
     effort = "a number for each weight, added to at every step"
     advice = "fine-tuning, where large pretrained weights may matter little for the new task"
 
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """The movement of each weight."""
-        return (Movement(),)
+        return (Movement(self.decay),)
 
     def score(self, seen: Observation, reduce: Reduce) -> Tensor:
         """Return float64 scores."""
-        return reduce(seen.of(Movement()).to(torch.float64))
+        return reduce(seen.of(Movement(self.decay)).to(torch.float64))
 
 
 class TotalChange(Saliency):

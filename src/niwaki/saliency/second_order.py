@@ -165,9 +165,13 @@ class WoodFisher(Surgeon):
     block: Count | None = 2000
     """Weights of a block; None: a whole tensor."""
     gradients: Count = 400
+    """How many: m."""
     samples_per_gradient: Count = 1
+    """Examples whose mean loss one gradient is of."""
     damping: PositiveDamping = 1e-5
+    """λ, as it is added to the diagonal."""
     labels: Labels = "given"
+    """Targets of the data (empirical Fisher), or drawn from the model's own prediction (true Fisher)."""
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -241,9 +245,13 @@ class MatrixFreeFisher(Surgeon):
     advice = "trained networks whose layers depend on each other; dynamic: pruning in the course of a training"
 
     gradients: Count = 512
+    """How many: m."""
     samples_per_gradient: Count = 1
+    """Examples whose mean loss one gradient is of."""
     damping: PositiveDamping = 1e-5
+    """λ, as it is added to the diagonal."""
     labels: Labels = "given"
+    """Targets of the data (empirical Fisher), or drawn from the model's own prediction (true Fisher)."""
     dynamic: bool = False
     """Whether the gradients are those of the last steps of the training."""
 
@@ -281,7 +289,9 @@ class KroneckerSurgeon(Surgeon):
     advice = "large layers, where many gradients do not fit"
 
     damping: Damping = 1e-5
+    """λ, split between the two factors as in K-FAC."""
     labels: Labels = "sampled"
+    """Targets of the data (empirical Fisher), or drawn from the model's own prediction (true Fisher)."""
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -354,6 +364,7 @@ class KroneckerDamage(Saliency):
     advice = "beside kfac_obs, to see what its compensation is worth"
 
     labels: Labels = "sampled"
+    """Targets of the data (empirical Fisher), or drawn from the model's own prediction (true Fisher)."""
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -25,7 +25,7 @@ from niwaki.statistics.passes import (
     Relevance,
     SynapticFlow,
 )
-from niwaki.statistics.steps import InitialWeight, Movement, PathSensitivity, StepGradients, StepStatistic, WeightChange
+from niwaki.statistics.steps import InitialWeight, Momentum, Movement, PathSensitivity, StepGradients, StepStatistic, WeightChange
 from niwaki.statistics.watching import StepAccumulator, accumulator
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "KroneckerFactors",
     "Labels",
     "Mean",
+    "Momentum",
     "Movement",
     "OutputSensitivity",
     "PassStatistic",

@@ -31,7 +31,20 @@ class InitialWeight(StepStatistic):
 
 @dataclass(frozen=True)
 class Movement(StepStatistic):
-    """``-Σ_t g_t w_t``: positive where training moves a weight away from zero (Sanh, Wolf, Rush 2020)."""
+    """``-Σ_t g_t w_t``: positive where training moves a weight away from zero (Sanh, Wolf, Rush 2020).
+
+    Attributes:
+        decay: of earlier steps, ``m <- d m - (1 - d) g_t w_t``, as in skeletonization with 0.8 (Mozer & Smolensky 1988); None: a plain sum.
+    """
+
+    decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Momentum(StepStatistic):
+    """``m <- d m + (1 - d) g_t``: a moving average of the gradients, from 0 (Dettmers & Zettlemoyer 2019, sparse momentum)."""
+
+    decay: float = 0.9
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from niwaki.errors import InputError
 from niwaki.statistics.base import Statistic
-from niwaki.statistics.steps import InitialWeight, Movement, PathSensitivity, StepGradients, WeightChange
+from niwaki.statistics.steps import InitialWeight, Momentum, Movement, PathSensitivity, StepGradients, WeightChange
 
 
 class StepAccumulator(ABC):
@@ -65,11 +65,33 @@ class _Initial(_Kept):
 class _Movement(_Kept):
     keys = ("total",)
 
+    def __init__(self, request: Movement, weight: Tensor) -> None:
+        super().__init__(request, weight)
+        self._decay = request.decay
+
     def update(self, weight: Tensor, gradient: Tensor) -> None:
-        self._kept["total"] -= _copy(gradient).mul_(weight)
+        moved = _copy(gradient).mul_(weight)
+        if self._decay is None:
+            self._kept["total"] -= moved
+        else:
+            self._kept["total"].mul_(self._decay).sub_(moved, alpha=1.0 - self._decay)
 
     def value(self, weight: Tensor) -> Tensor:
         return self._kept["total"]
+
+
+class _Momentum(_Kept):
+    keys = ("mean",)
+
+    def __init__(self, request: Momentum, weight: Tensor) -> None:
+        super().__init__(request, weight)
+        self._decay = request.decay
+
+    def update(self, weight: Tensor, gradient: Tensor) -> None:
+        self._kept["mean"].lerp_(_copy(gradient), 1.0 - self._decay)
+
+    def value(self, weight: Tensor) -> Tensor:
+        return self._kept["mean"]
 
 
 class _Change(_Kept):
@@ -129,6 +151,7 @@ class _Gradients(StepAccumulator):
 
 _ACCUMULATORS: Mapping[type[Statistic], Callable[[Any, Tensor], StepAccumulator]] = {
     InitialWeight: _Initial,
+    Momentum: _Momentum,
     Movement: _Movement,
     PathSensitivity: _Path,
     StepGradients: _Gradients,
