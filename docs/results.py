@@ -7,7 +7,10 @@ import json
 import re
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
+from niwaki.bench.blocks import METRICS
+from niwaki.bench.oneshot import METHODS
 from niwaki.metrics.units import show
 from niwaki.report import occams_hill, write
 from niwaki.report.groups import Labelled, families
@@ -16,14 +19,17 @@ from niwaki.training.record import read
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"(<!-- results: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
 STRUCTURED = re.compile(r"(<!-- structured: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
+ONESHOT = re.compile(r"(<!-- oneshot: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
 COLUMNS = (("file size", "file"), ("forward FLOPs", "FLOPs of a forward pass"), ("training FLOPs", "training FLOPs"))
 
 
 def fill(markdown: str) -> str:
     """Return a page with every ``<!-- results: FOLDER --> ... <!-- end -->`` filled with the table of that folder in results/.
 
-    ``<!-- structured: NAME -->`` is filled with what ``niwaki bench structured`` wrote into results/structured/NAME.json.
+    ``<!-- structured: NAME -->`` is filled with what ``niwaki bench structured`` wrote into results/structured/NAME.json, and
+    ``<!-- oneshot: NAME -->`` with what ``niwaki bench oneshot`` or ``niwaki bench blocks`` wrote into results/oneshot/NAME.json.
     """
+    markdown = ONESHOT.sub(lambda found: _filled(found[1], oneshot(found[2])), markdown)
     markdown = STRUCTURED.sub(lambda found: _filled(found[1], structured(found[2])), markdown)
     return MARKER.sub(lambda found: _filled(found[1], table(found[2])), markdown)
 
@@ -44,6 +50,64 @@ def structured(name: str) -> str:
         cells += [*(f"{ratio:.2f}×" for ratio in ratios), *(f"{100 * share:.2f} %" for share in shares)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def oneshot(name: str) -> str:
+    """Return the table of a benchmark of criteria on trained networks, or block by block."""
+    rows = json.loads((ROOT / "results" / "oneshot" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return _blocks(rows) if "pattern" in rows[0] else _cuts(rows)
+
+
+def _cuts(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each method: accuracy after the cut at each sparsity, after recovery, and what it cost."""
+    sparsities = sorted({row["sparsity"] for row in rows})
+    recovered = sorted({row["sparsity"] for row in rows if row.get("accuracy_recovered") is not None})
+    anew = any(row.get("accuracy_anew") is not None for row in rows)
+    fields = [("accuracy_cut", sparsities), *([("accuracy_anew", sparsities)] if anew else []), ("accuracy_recovered", recovered)]
+    words = {"accuracy_cut": "cut", "accuracy_anew": "statistics anew", "accuracy_recovered": "recovered"}
+    heads = ["looks at", "method", "", *(f"{100 * s:g} %" for s in sparsities), "seconds", "memory"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * 3 + "--:|" * (len(heads) - 3)]
+    for method in [name for name in METHODS if any(row["method"] == name for row in rows)]:
+        own = [row for row in rows if row["method"] == method]
+        costs = (
+            (key, unit, [row[key] for row in own if row.get(key) is not None])
+            for key, unit in (("seconds", "seconds"), ("memory", "bytes"))
+        )
+        cost = [show(max(values), unit) if values else "" for _, unit, values in costs]
+        for number, (field, _) in enumerate(fields):
+            cells = [_share([r[field] for r in own if r["sparsity"] == s and r.get(field) is not None]) for s in sparsities]
+            first = [own[0]["family"], f"`{method}`"] if number == 0 else ["", ""]
+            if any(cells):
+                lines.append("| " + " | ".join([*first, words[field], *cells, *(cost if number == 0 else ["", ""])]) + " |")
+    return "\n".join(lines)
+
+
+def _blocks(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each network, method and pattern."""
+    heads = ["network", "pattern", "method", *METRICS, "seconds", "memory"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * 3 + "--:|" * (len(heads) - 3)]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["pattern"], row["method"]), []).append(row)
+    for (network, pattern, method), own in sorted(groups.items(), key=lambda one: one[0][:2]):
+        cells = []
+        for field in METRICS:
+            values = [row[field] for row in own if row.get(field) is not None]
+            cells.append(f"{fmean(values):.4f}" if values else "")
+        costs = [
+            show(max((r[key] for r in own if r.get(key) is not None), default=None), unit)
+            for key, unit in (("seconds", "seconds"), ("memory", "bytes"))
+        ]
+        lines.append("| " + " | ".join([network, pattern or "dense", f"`{method}`", *cells, *costs]) + " |")
+    return "\n".join(lines)
+
+
+def _share(values: list[float]) -> str:
+    """Return a mean in per cent, with half the range where there are several values."""
+    if not values:
+        return ""
+    around = f" ± {50 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.1f}{around}"
 
 
 def table(folder: str) -> str:

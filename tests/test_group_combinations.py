@@ -57,7 +57,19 @@ DATA = [batch(100 + step, size=4) for step in range(2)]
 STEPS = 4
 
 UNITS = {"channel": ("channel",), "head": ("head",), "layer": ("layer",), "group": ("channel", "head")}
-ALLOCATIONS = ("uniform", "global", "erdos_renyi", "erdos_renyi_kernel")
+ALLOCATIONS = (
+    "uniform",
+    "global",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+    "smart_ratio",
+    "uniform_plus",
+    "error_bound",
+    "outlier_weighted",
+    "dynamic_programming",
+    "pfa",
+)
+"""Those that every saliency and schedule meets; each of the others has a case of its own."""
 EVERY_STEP = {"every": "1 steps", "end": "1 run"}
 SCHEDULES = {
     "one_shot": {"at": "0.5 run"},
@@ -71,24 +83,48 @@ SCHEDULES = {
     "cosine": EVERY_STEP,
     "mask_stability": {**EVERY_STEP, "window": 2},
 }
-NO_NORMS = "saliency: 'norm_scale' scores scales of a normalization, and group q"
-REFUSED = {
-    ("similarity", "layer"): "saliency: 'similarity' compares the units of one tensor, and a tensor belongs to one layer",
-    ("norm_scale", "head"): NO_NORMS,
-    ("norm_scale", "group"): NO_NORMS,
-}
 SALIENCIES = sorted({cls.name for cls in REGISTRY["saliency"].values()})
 CASES = list(itertools.product(SALIENCIES, UNITS))
+WATCHING = {"accumulated_movement", "from_init", "karnin", "weight_change"}
+"""Saliencies that rank by what training steps add up to."""
+SINGLE_WEIGHTS = "granularity: saliency '{}' chooses single weights, not pieces of "
+NO_NORMS = "saliency: '{}' scores scales of a normalization, and group q:head has none"
+ONE_TENSOR = "saliency: '{}' compares the units of one tensor, and a tensor belongs to one layer"
+NOT_LINEAR = "saliency {}: .* is a convolution; only linear layers have one connection of two neurons"
+REFUSED = {
+    (saliency, granularity): said.format(saliency)
+    for said, saliencies, granularities in (
+        (SINGLE_WEIGHTS, ("obc", "sparsegpt"), UNITS),
+        (NO_NORMS, ("norm_scale", "gate_decorator"), ("head", "group")),
+        (ONE_TENSOR, ("similarity", "merge_cost", "correlation", "subset_selection", "coreset"), ("layer",)),
+        (NOT_LINEAR, ("connection_correlation",), ("channel", "layer", "group")),
+    )
+    for saliency in saliencies
+    for granularity in granularities
+}
+JOINT_REFUSED = {"coreset": "allocation: saliency 'coreset' draws from each layer by itself, and 'global' ranks all together"}
+ONE_LAYER = "allocation.uniform_plus: the first convolution and 0.2 of the last layer are 1 of all pieces"
 
 
 def test_nothing_is_forgotten():
     assert set(SCHEDULES) == {cls.name for cls in REGISTRY["schedule"].values()}
-    assert set(REGISTRY["allocation"]) == {*ALLOCATIONS, "explicit"}
+    assert set(REGISTRY["allocation"]) == {*ALLOCATIONS, *OTHERS, "redistribution"}
     assert {group.kind for group in GROUPS.removable} >= {kind for kinds in UNITS.values() for kind in kinds}
+    watching = {name for name in SALIENCIES if any(r.source == "steps" for r in REGISTRY["saliency"][name]().statistics)}
+    assert watching == WATCHING
 
 
-def fit(net, schedule, **slots):
-    said = Recipe(sparsity=0.5, schedule=schedule, relaxation="straight_through" if slots["saliency"] == "score" else "hard", **slots)
+def refusal(saliency, granularity, allocation, normalization):
+    """What a combination is refused with, or None."""
+    if (saliency, granularity) in REFUSED:
+        return REFUSED[saliency, granularity]
+    if allocation == "global" and saliency in JOINT_REFUSED:
+        return JOINT_REFUSED[saliency]
+    return ONE_LAYER if allocation == "uniform_plus" and granularity == "layer" else None
+
+
+def fit(net, schedule, sparsity=0.5, **slots):
+    said = Recipe(sparsity=sparsity, schedule=schedule, relaxation="straight_through" if slots["saliency"] == "score" else "hard", **slots)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return niwaki.Sparsifier(
@@ -121,45 +157,99 @@ def check(net, masks, granularity, exact=True):
         assert sum(map(len, kept)) == round(0.5 * sum(group.size for group in groups))
 
 
+def pairs(saliency, granularity):
+    """Yield allocations and normalizations for a case: over the four granularities a saliency meets all of both, and most pairs."""
+    turn = 7 * SALIENCIES.index(saliency) + 3 * list(UNITS).index(granularity)
+    normalizations = list(REGISTRY["normalization"])
+    count = {"layer": 2, "head": 2}.get(granularity, 5) if saliency != "obs" else 2  # one group leaves allocations no choice
+    for i in range(turn, turn + count):
+        yield ALLOCATIONS[i % len(ALLOCATIONS)], normalizations[(i + i // len(ALLOCATIONS)) % len(normalizations)]
+
+
 @pytest.mark.parametrize(("saliency", "granularity"), CASES)
 def test_every_allocation_and_normalization(saliency, granularity):
-    schedule = {"constant": {"every": "1 steps"}} if saliency == "score" else "one_shot"
-    pairs = list(itertools.product(ALLOCATIONS, REGISTRY["normalization"]))
-    if granularity in ("head", "layer"):  # of one group, where no allocation has a choice
-        pairs = pairs[:: len(ALLOCATIONS)]
-    elif (saliency, "group") not in REFUSED:  # channels alone, or with heads: every pair meets one of the two
-        pairs = pairs[granularity == "group" :: 2]
-    for allocation, normalization in pairs:
+    schedule = "one_shot" if saliency not in WATCHING | {"score"} else {"constant": {"every": "1 steps"}}
+    for allocation, normalization in pairs(saliency, granularity):
         net = copy.deepcopy(MODEL)
         slots = {"granularity": granularity, "saliency": saliency, "allocation": allocation, "normalization": normalization}
-        said = REFUSED.get((saliency, granularity))
+        said = refusal(**slots)
+        if said is None and saliency in WATCHING:
+            said = f"the masks of step 0 would be ranked by what saliency '{saliency}' adds up while the model trains"
         if said is None:
             check(net, fit(net, schedule, **slots).masks, granularity)
-        else:
-            with pytest.raises(InputError, match=said):
-                fit(net, schedule, **slots)
+            continue
+        with pytest.raises(InputError, match=said) as refused:
+            fit(net, schedule, **slots)
+        assert "\n" not in str(refused.value)
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), MODEL.state_dict().values(), strict=True))
+
+
+def train(net, sparsifier, granularity, exact=True):
+    """Train to the end of the run, with a look at the masks on the way."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    sparsifier.attach(optimizer)
+    changes = []
+    sparsifier.on_masks_changed(changes.append)
+    for step in range(STEPS):
+        images, labels = batch(step, size=4)
+        optimizer.zero_grad()
+        functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+        if changes and step == 2:
+            check(net, sparsifier.masks, granularity, exact=False)
+    check(net, sparsifier.finalize().masks, granularity, exact)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+LATER = {
+    "constant": {"every": "2 steps", "begin": "1 steps", "end": "1 run"},
+    "list": {"sparsity": [0.2, 0.5], "at": ["1 steps", "3 steps"]},
+    "mask_stability": {**EVERY_STEP, "begin": "1 steps", "window": 2},
+}
+"""Schedules whose first masks come after a step, for saliencies that have seen nothing before it."""
 
 
 @pytest.mark.parametrize(("saliency", "granularity"), [case for case in CASES if case not in REFUSED])
 def test_every_schedule(saliency, granularity):
-    others = itertools.cycle(itertools.product(ALLOCATIONS, ("none", "layer_l2", "rank")))  # 12 pairs, 10 schedules
-    cases = list(zip(SCHEDULES.items(), others, strict=False))
-    if (saliency, "group") not in REFUSED:  # every schedule meets two of the four granularities
-        cases = cases[granularity in ("head", "group") :: 2]
-    for (name, times), (allocation, normalization) in cases:
-        net = copy.deepcopy(MODEL)
+    turn, names = SALIENCIES.index(saliency), list(SCHEDULES)
+    count = {"head": 2, "layer": 2}.get(granularity, 3) if saliency != "obs" else 1  # ten for each saliency, over the granularities
+    begin = {"channel": 0, "head": 3, "layer": 5, "group": 7}[granularity]
+    for i in range(begin, begin + count):
+        name = names[i]
+        allocation, normalization = ALLOCATIONS[(turn + i) % len(ALLOCATIONS)], ("none", "layer_l2", "rank")[(turn + i) % 3]
         slots = {"granularity": granularity, "saliency": saliency, "allocation": allocation, "normalization": normalization}
-        sparsifier = fit(net, {name: times}, **slots)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-        sparsifier.attach(optimizer)
-        changes = []
-        sparsifier.on_masks_changed(changes.append)
-        for step in range(STEPS):
-            images, labels = batch(step, size=4)
-            optimizer.zero_grad()
-            functional.cross_entropy(net(images), labels).backward()
-            optimizer.step()
-            if changes and step == 2:
-                check(net, sparsifier.masks, granularity, exact=False)
-        check(net, sparsifier.finalize().masks, granularity)
-        assert all(p.isfinite().all() for p in net.parameters())
+        if refusal(**slots) is not None:
+            slots["allocation"] = "uniform"
+        net = copy.deepcopy(MODEL)
+        times = (LATER if saliency in WATCHING else {}).get(name, SCHEDULES[name])
+        train(net, fit(net, {name: times}, **slots), granularity)
+
+
+# ---------------------------------------------------------------- allocations that search, or that need more to be said
+
+CHANNELS = [group for group in TARGETS if group.kind == "channel"]
+TABLE = {"seconds": 30.0, "layers": {group.name: {0.0: 1.0 + group.size, 0.9: 1.0} for group in CHANNELS}}
+OTHERS = {
+    "amc": {"episodes": 6, "explore": 3},
+    "evolutionary": {"population": 4, "generations": 2},
+    "sensitivity": {"sparsities": [0.3, 0.6, 0.9]},
+    "explicit": {"layers": {g.name: 0.5 for g in CHANNELS}},
+    "flops_budget": {"flops": 0.7},
+    "latency_budget": {"table": TABLE, "share": 0.7},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_allocations(name):
+    for schedule in ("one_shot", {"linear": EVERY_STEP}):
+        net = copy.deepcopy(MODEL)
+        budget = name.endswith("_budget")
+        said = {"allocation": {name: OTHERS[name]}, "granularity": "channel", "saliency": "taylor"}
+        train(net, fit(net, schedule, sparsity=None if budget else 0.5, **said), "channel", exact=not budget and name != "explicit")
+
+
+def test_redistribution():
+    for by in ("weight", "gradient", "nonzeros", "survivors"):
+        net = copy.deepcopy(MODEL)
+        said = {"allocation": {"redistribution": {"by": by}}, "granularity": "channel", "saliency": "magnitude", "growth": "random"}
+        train(net, fit(net, {"constant": {"every": "1 steps"}}, **said), "channel")

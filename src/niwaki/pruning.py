@@ -44,7 +44,7 @@ class Row:
         shape: of the parameter.
         active: its active weights.
         elements: all of them.
-        error: relative squared error of what it puts out on the data, where it was measured (block by block); else None.
+        error: relative error ``‖y' - y‖ / ‖y‖`` of what it puts out on the data, where it was measured (block by block); else None.
     """
 
     name: str
@@ -193,7 +193,7 @@ def prune(
     begin = time.perf_counter()
     before = None if data is None or loss is None else _evaluated(model, data, loss)
     reordered = _reordered(model, recipe, data, groups, example, seed) if permute else ()
-    found = _blocks(model, recipe, blocks, masks)
+    found = _blocks(model, recipe, blocks)
     errors: Mapping[str, float | None] = {}
     with _shown(data, progress) as (watched, tell), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is warned of is among the notes
@@ -206,8 +206,8 @@ def prune(
                 raise InputError("data: blocks are pruned one after the other on what they are given, so data= is needed")
             assert watched is not None
             told = None if tell is None else lambda done, total: tell(f"block {done} of {total} done")
-            walked = prune_blocks(model, recipe, watched, blocks=found.names, seed=seed, memory=memory, progress=told)
-            kept, notes, taken = walked.masks, walked.notes, 0
+            walked = prune_blocks(model, recipe, watched, blocks=found.names, masks=masks, seed=seed, memory=memory, progress=told)
+            kept, notes, taken = walked.masks, walked.notes, walked.statistics_bytes
             errors = {layer.name: layer.error for layer in walked.layers}
         else:
             sparsifier = Sparsifier(
@@ -293,9 +293,9 @@ def _rotated(
     return Pruned(done.model, Masks(), recipe, rows, before, _evaluated(done.model, data, loss), seconds, 0, (told, *done.notes))
 
 
-def _blocks(model: nn.Module, recipe: Recipe, blocks: str | Sequence[str] | None, masks: Masks | None) -> Blocks | None:
+def _blocks(model: nn.Module, recipe: Recipe, blocks: str | Sequence[str] | None) -> Blocks | None:
     """Return the blocks that are pruned one after the other, or None to prune the whole model at once."""
-    if blocks is None or (blocks == "auto" and (masks or not looks_at_inputs(recipe))):
+    if blocks is None or (blocks == "auto" and not looks_at_inputs(recipe)):
         return None
     targets = [target.name for target in select_targets(model, recipe.target)[0]]
     try:

@@ -21,7 +21,7 @@ from niwaki.masked import MaskedTensor
 from niwaki.masks import local
 from niwaki.pieces import Ranked, element_masks
 from niwaki.recipe import Recipe
-from niwaki.recipe.combinations import has_curvature
+from niwaki.recipe.combinations import has_curvature, watches_steps
 from niwaki.saliency import Observation, Saliency
 from niwaki.selection import kept
 from niwaki.statistics import Statistic
@@ -121,6 +121,7 @@ class Selector:
         if sparsity is None:
             sparsity = self.due(step)
         assert sparsity is not None
+        self._require_steps(step, sparsity)
         if self.given and self.only_removes:
             sparsity = max(sparsity, 1.0 - self._active_pieces() / self._pieces)
         seen = self._collect(step)
@@ -279,6 +280,17 @@ class Selector:
             )
         if not allocation.joint and not allocation.wants and not allocation.statistics:
             allocation.keep(final, [one.layer for one in self.ranked], final)
+
+    def _require_steps(self, step: int, sparsity: float) -> None:
+        """Refuse a ranking by what steps have added up to before the first of them, when it is the same for all weights."""
+        recipe = self.recipe
+        ranks = (sparsity or recipe.selection.name == "threshold") and not (self.first and starts_at_random(recipe.growth))
+        if step or not ranks or not watches_steps(recipe.saliency):
+            return
+        raise InputError(
+            f"schedule: the masks of step 0 would be ranked by what saliency {recipe.saliency.name!r} adds up while the model trains, before"
+            f" it has seen a step; let {recipe.schedule.name!r} begin later"
+        )
 
     def _require_data_for_the_end(self) -> None:
         """Refuse a last selection that ranks by gradients after the last step, when there is none, unless it can collect them."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -150,3 +152,30 @@ def test_missing_files_are_told(tmp_path: Path) -> None:
         blocks.stories(tmp_path)
     with pytest.raises(InputError, match=r"there is no train.tsv"):
         blocks.embeddings(tmp_path, tmp_path)
+
+
+def test_the_loss_of_stories_is_that_of_every_third_window(tmp_path: Path) -> None:
+    """Against a loop over the windows, with a small network of the same architecture."""
+    torch.manual_seed(0)
+    state = {"tok_embeddings.weight": torch.randn(40, 64) / 8, "norm.weight": torch.ones(64)}
+    shapes = {"attention.wq": (64, 64), "attention.wk": (32, 64), "attention.wv": (32, 64), "attention.wo": (64, 64)}
+    shapes |= {"feed_forward.w1": (48, 64), "feed_forward.w2": (64, 48), "feed_forward.w3": (48, 64)}
+    for layer in range(2):
+        state |= {f"layers.{layer}.{name}.weight": torch.randn(shape) / 8 for name, shape in shapes.items()}
+        state |= {f"layers.{layer}.{name}.weight": torch.ones(64) for name in ("attention_norm", "ffn_norm")}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "text").mkdir()
+    save_file(state, tmp_path / "models" / "stories260K.safetensors")
+    ids = torch.randint(2, 40, (7 * 512 + 100,))
+    np.savez(tmp_path / "text" / "tinystories_val_part_tok512.npz", ids=ids.numpy().astype(np.uint16))
+    network = blocks.stories(tmp_path, examples=2)
+    losses = []
+    with torch.no_grad():
+        for window in (0, 3, 6):
+            wanted = ids[512 * window : 512 * (window + 1)]
+            read = torch.cat([torch.tensor([1]), wanted[:-1]])
+            losses.append(float(torch.nn.functional.cross_entropy(network.model(read[None]).logits[0], wanted)))
+    assert network.measure(network.model)["nats"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    measured = {tuple(ids[512 * window : 512 * window + 511].tolist()) for window in (0, 3, 6)}
+    for inputs, _ in network.calibration(0):
+        assert all(tuple(row[1:].tolist()) not in measured for row in inputs.kwargs["input_ids"])

@@ -58,7 +58,7 @@ PRUNING_STAGE = {
     "optimal_cell_damage": (0.3, "input_channel", "obd", "global", None),
     "obs": (0.76, "element", "obs", "global", "obs"),
     "woodfisher": (0.95, "element", "woodfisher", "global", "obs"),
-    "woodtaylor": (0.95, "element", "woodtaylor", "global", "obs"),
+    "woodtaylor": (0.95, "element", "woodtaylor", "global", None),
     "mfac": (0.95, "element", "mfac", "global", "obs"),
     "kfac_obs": (0.9, "element", "kfac_obs", "global", "obs"),
     "kfac_obd": (0.5, "channel", "kfac_obd", "global", None),

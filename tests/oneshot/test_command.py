@@ -76,7 +76,7 @@ def test_what_is_missing_is_told(given, tmp_path, capsys):
     assert main(["prune", "wanda", *given[2:], "--sparsity", "0.5", "--out", str(tmp_path / "out")]) == 2
     assert "--model: missing; with --text it is the folder of the model" in capsys.readouterr().err
     assert main(["prune", "wanda", "--task", "digits"]) == 2
-    assert "--from: missing" in capsys.readouterr().err
+    assert "Missing option '--from'" in capsys.readouterr().err
     assert main(["prune", "wanda", "--task", "digits", "--from", "x", "--memory", "1GiB"]) == 2
     assert "--memory: is for a folder of a pretrained model" in capsys.readouterr().err
 

@@ -98,9 +98,9 @@ def stories(folder: Path | None, examples: int = EXAMPLES) -> Pretrained:
 
     def measure(pruned: nn.Module) -> dict[str, float]:
         with torch.no_grad():
-            parts = zip(torch.split(inputs[:measured], 16), torch.split(targets[:measured], 16), strict=True)
+            parts = zip(torch.split(inputs[measured], 16), torch.split(targets[measured], 16), strict=True)
             losses = [F.cross_entropy(pruned(part).logits.flatten(0, 1), wanted.flatten(), reduction="sum") for part, wanted in parts]
-        return {"nats": float(sum(losses)) / targets[:measured].numel()}
+        return {"nats": float(sum(losses)) / targets[measured].numel()}
 
     return Pretrained(model, "model.layers", calibration, measure)
 

@@ -70,7 +70,6 @@ METHODS: Mapping[str, Method] = {
     "lamp": Method("weights", {"saliency": "magnitude", "normalization": "lamp", **GLOBAL}),
     "synflow": Method("weights", {"saliency": "synflow", **GLOBAL, "schedule": {"one_shot": {"rounds": 100}}}),
     "snip": Method("gradients", {"saliency": "snip", **GLOBAL}),
-    "taylor": Method("gradients", {"saliency": {"taylor": {"aggregate": "squared"}}, **GLOBAL}),
     "grasp": Method("gradients", {"saliency": "grasp", **GLOBAL}),
     "obd_fisher": Method("curvature", {"saliency": {"obd": {"estimate": "fisher"}}, **GLOBAL}),
     "obd_gauss_newton": Method("curvature", {"saliency": {"obd": {"estimate": "gauss_newton"}}, **GLOBAL}),

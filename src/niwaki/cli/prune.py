@@ -116,7 +116,8 @@ def _task(method: str, rounds: int, as_json: bool, options: dict[str, Any]) -> N
         if options.pop(name):
             raise InputError(f"{option}: is for a folder of a pretrained model; say --text too")
     if options["start"] is None:
-        raise InputError("--from: missing; the trained model of the task, or, with --text, --model for a folder")
+        context = click.get_current_context()
+        raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "start"))
     if catalogue.find(method).stages is not None:
         try:
             once(catalogue.find(method))

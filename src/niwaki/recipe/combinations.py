@@ -166,6 +166,21 @@ def score_is_used(recipe: Slots, given: Collection[str]) -> str | None:
     return None
 
 
+def watches_steps(saliency: Component) -> bool:
+    """Return whether a saliency ranks by what the steps of a training have added up to."""
+    return any(request.source == "steps" for request in getattr(saliency, "statistics", ()))
+
+
+def steps_are_watched(recipe: Slots, given: Collection[str]) -> str | None:
+    """What steps add up to is the same for all weights before the first one."""
+    if not recipe.selects or not watches_steps(recipe.saliency) or not _is_at_start(recipe):
+        return None
+    return (
+        f"schedule: 'one_shot' at the start ranks by what saliency {recipe.saliency.name!r} adds up while a model trains, before it has seen a"
+        f" step; choices: {{one_shot: {{at: 1 run}}}}, {_updating_schedules()}"
+    )
+
+
 def growth_is_reached(recipe: Slots, given: Collection[str]) -> str | None:
     """Growth happens at updates after the first."""
     if recipe.growth.name == "none" or not isinstance(recipe.schedule, OneShot):
@@ -429,6 +444,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Slots, Collection[str]], str | Non
     ((), sparsity_is_the_fixed_one),
     (("saliency", "relaxation"), score_is_learned),
     (("saliency", "relaxation", "schedule"), score_is_used),
+    (("saliency", "schedule", "selection"), steps_are_watched),
     (("saliency", "relaxation", "schedule", "selection"), strength_decides),
     (("selection",), sparsity_is_given),
     (("granularity", "allocation"), pattern_fixes_layers),

@@ -137,8 +137,10 @@ class Prune(Strict):
             raise InputError(f"granularity: {name!r} fixes the sparsity, so a fraction of what is left has no meaning; drop prune")
         if isinstance(self.selection, v.Threshold):
             raise InputError("selection: 'threshold' decides how many pieces go, so a fraction has no meaning; drop one of them")
-        if "score" in self.saliency.needs:
+        if "score" in self.saliency.needs or combinations.watches_steps(self.saliency):
             raise InputError(f"saliency: {self.saliency.name!r} is learned while training, and prune comes after it; choose another")
+        if combinations.known(self.allocation) and self.allocation.budget is not None:
+            raise InputError(f"allocation: {self.allocation.name!r} decides how many pieces go, so a fraction has no meaning; drop prune")
         return self
 
 

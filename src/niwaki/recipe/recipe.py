@@ -192,6 +192,7 @@ def _check_stages(stages: tuple[Stage, ...], shared: dict[str, Any], saved: set[
         try:
             filled = stage.filled(shared)
             _raise_first(filled, given)
+            _require_prunable(filled)
             _require_time(filled, given)
             _require_whole(filled)
         except InputError as error:
@@ -203,6 +204,16 @@ def _check_stages(stages: tuple[Stage, ...], shared: dict[str, Any], saved: set[
                 raise InputError(f"{here}.restore: no earlier stage saves {name!r}; {did_you_mean(name, {*saved, *RESERVED})}")
         if stage.finish is not None:
             saved.clear()  # they are of the larger model
+
+
+def _require_prunable(stage: Stage) -> None:
+    """Refuse choices of a stage's ``prune`` that cannot go together."""
+    if stage.prune is None:
+        return
+    try:
+        Recipe(sparsity=stage.prune.fraction, **{field: getattr(stage.prune, field) for field in Prune.model_fields if field != "fraction"})
+    except InputError as error:
+        raise InputError(f"prune.{error}") from None
 
 
 def _require_time(stage: Stage, given: Collection[str]) -> None:
