@@ -70,7 +70,7 @@ class Pruned:
         rows: the pruned tensors.
         loss_before: mean loss over the data before; None without ``loss=``.
         loss_after: the same after.
-        seconds: time that it took.
+        seconds: time that it took, without the losses before and after.
         statistics_bytes: what statistics took at most.
         notes: what a user should know.
     """
@@ -190,8 +190,8 @@ def prune(
         raise InputError(f"saliency: {recipe.saliency.name!r} needs data= and loss= to collect gradients from")
     if isinstance(recipe.granularity, Eigenbasis) and (data is None or loss is None):
         raise InputError(f"granularity: {recipe.granularity.name!r} needs data= and loss= to find the basis")
-    begin = time.perf_counter()
     before = None if data is None or loss is None else _evaluated(model, data, loss)
+    begin = time.perf_counter()
     reordered = _reordered(model, recipe, data, groups, example, seed) if permute else ()
     found = _blocks(model, recipe, blocks)
     errors: Mapping[str, float | None] = {}

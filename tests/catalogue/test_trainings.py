@@ -15,8 +15,8 @@ from niwaki.tasks import Data, Model, Task, Training
 
 TASK = Task(
     name="images",
-    models={"network": Model(lambda data: Network(), Training(epochs=2, batch_size=8, learning_rate=0.05, threads=1))},
-    data=lambda folder: Data(TensorDataset(*examples(96, 0)), TensorDataset(*examples(32, 1))),
+    models={"network": Model(lambda data: Network(), Training(epochs=3, batch_size=8, learning_rate=0.05, threads=1))},
+    data=lambda folder: Data(TensorDataset(*examples(64, 0)), TensorDataset(*examples(32, 1))),
     loss=functional.cross_entropy,
     metrics={"accuracy": ACCURACY},
 )

@@ -65,7 +65,13 @@ def prune_folder(
         examples: how many windows of a text are used, chosen by the seed.
         length: tokens of a window, special ones included; by default 512, or what the model can take if that is less.
         batch_size: windows of a batch.
-        blocks, sequential, outside, seed, memory, device, progress: as of ``prune_blocks``.
+        blocks: this and what follows as of ``prune_blocks``.
+        sequential: False to rank all blocks together.
+        outside: whether targets outside the blocks stay dense.
+        seed: of random choices.
+        memory: most bytes of statistics and activations.
+        device: where a block is while it is pruned.
+        progress: called with the blocks done and all blocks.
 
     Raises:
         InputError: the folder is no model that can be read, the text is too short, ``out`` exists, or what ``prune_blocks`` raises.

@@ -46,7 +46,10 @@ def merge_delta(weight: Tensor, mask: Tensor | None, a: Tensor, b: Tensor, scale
     Args:
         weight: any float dtype, ``[outputs, inputs]`` or that of a convolution, ``[outputs, inputs, *kernel]``.
         mask: bool of the same shape, True = active; None: nothing is masked.
-        a, b, scale, transposed: as of :class:`Delta`.
+        a: ``[rank, inputs]``; this and what follows as of :class:`Delta`.
+        b: ``[outputs, rank]``.
+        scale: of the change.
+        transposed: whether the weight is ``[inputs, outputs]``.
 
     Returns:
         a new tensor of the weight's dtype.
