@@ -605,7 +605,8 @@ def test_wrong_recipes_are_one_line(data, part):
 
 def test_every_granularity_says_what_it_is():
     assert set(REGISTRY["granularity"]) == {
-        "element", "n_m", "block", "vector", "kernel", "output_channel", "input_channel", "filter", "channel", "head", "layer", "group"
+        "element", "n_m", "block", "vector", "kernel", "output_channel", "input_channel", "filter", "channel", "head", "layer", "group",
+        "eigenbasis",
     }  # fmt: skip
     for kind in REGISTRY["granularity"].values():
         assert kind.equation

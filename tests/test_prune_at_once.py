@@ -227,3 +227,18 @@ def test_a_budget_of_flops_is_met(granularity: str) -> None:
     share = left / sum(whole[name] * uses for name, uses in positions.items())
     assert share == pytest.approx(0.4, abs=0.01 if granularity == "element" else 0.03)
     assert share <= 0.4 + 1e-9
+
+
+@pytest.mark.parametrize("method", ["snip", "woodfisher", "kfac_obs", "taylor_filters"])
+def test_data_without_labels_are_refused_where_the_loss_needs_them(method: str) -> None:
+    model = network()
+    with pytest.raises(niwaki.InputError, match=r"data: batch 0 has no targets \(None\), which the loss needs"):
+        niwaki.prune(model, method, sparsity=0.5, data=[(inputs, None) for inputs, _ in batches()], loss=loss)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), network().parameters(), strict=True))
+
+
+def test_a_batch_whose_loss_is_not_finite_is_named() -> None:
+    data = batches()
+    data[2] = (data[2][0] * torch.inf, data[2][1])
+    with pytest.raises(niwaki.InputError, match="data: the loss of batch 2 is not finite"):
+        niwaki.prune(network(), "snip", sparsity=0.5, data=data, loss=loss)

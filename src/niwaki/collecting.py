@@ -131,7 +131,7 @@ class Statistics:
             InputError: they would take more memory than allowed.
         """
         asked = {request: bounds for request, bounds in asked.items() if request.source != "steps" and bounds}
-        self._require_memory(asked)
+        self.require_memory(asked)
         for request, bounds in asked.items():
             sharded = next((bound.name for bound in bounds if bound.group is not None and request.source != "inputs"), None)
             if sharded is not None:
@@ -150,8 +150,12 @@ class Statistics:
                 found.setdefault(name, {}).update(one)
         return found
 
-    def _require_memory(self, asked: Mapping[Statistic, Sequence[Bound]]) -> None:
-        """Refuse what would take more memory than allowed, and say what would fit."""
+    def require_memory(self, asked: Mapping[Statistic, Sequence[Bound]]) -> None:
+        """Refuse what would take more memory than allowed, and say what would fit.
+
+        Raises:
+            InputError: the statistics would take more.
+        """
         needed = memory_of(asked)
         if self.memory is None or needed <= self.memory:
             return
@@ -174,7 +178,7 @@ class Statistics:
             for batch in examples(self.data) if self.recipe.saliency.averages == "sample" else pairs(self.data):
                 for parameter in self.model.parameters():
                     parameter.grad = None
-                add_gradient(self.model, batch, self.loss)
+                add_gradient(self.model, batch, self.loss, batches)
                 scores = [one.score(self.recipe.saliency, observe).to(torch.float64) for one in ranked]
                 totals = [a + b for a, b in zip(totals, scores, strict=True)] if totals else scores
                 batches += 1

@@ -99,9 +99,16 @@ class Selector:
         """Whether the coming selection makes the targets' first masks."""
         return self.selected_at is None and all(tensor.pruned is None for tensor in self.tensors.values())
 
+    @property
+    def _draws(self) -> bool:
+        """Whether the coming selection is drawn at random, and its budgets look at nothing either."""
+        allocation = self.recipe.allocation
+        looks = allocation.wants & {"scores", "loss"} or allocation.statistics
+        return self.first and starts_at_random(self.recipe.growth) and not looks
+
     def asking(self) -> Component | None:
         """Return the component that reads the step's gradients in the coming selection, or None."""
-        if self.first and starts_at_random(self.recipe.growth):
+        if self._draws:
             return None
         components = (self.recipe.saliency,) if self.first else (self.recipe.saliency, self.recipe.growth, self.recipe.allocation)
         return next((component for component in components if reads_gradient(component)), None)
@@ -169,7 +176,7 @@ class Selector:
 
     def _collect(self, step: int) -> Collected:
         """Collect what the coming selection needs to know."""
-        if self.first and starts_at_random(self.recipe.growth):
+        if self._draws:
             return Collected()
         saliency = self.recipe.saliency
         asked = self.asked()
@@ -192,10 +199,11 @@ class Selector:
     def _observe(self, bound: Bound, step: int, component: Saliency | Growth, seen: Collected) -> Observation:
         """Return what a component may look at."""
         tensor = self.tensors[bound.name]
+        wanted = "gradient" in self.recipe.allocation.wants and bound.parameter.grad is not None  # it says itself where it needs one
         return bound.observe(
             self.originals.get(bound.name, tensor.weight),
             score=tensor.score if "score" in component.needs else None,
-            need_gradient="gradient" in component.needs or "gradient" in self.recipe.allocation.wants,
+            need_gradient="gradient" in component.needs or wanted,
             seed=self.seed,
             step=step,
             active=None if bound.name in self.originals else self._active_mask(bound),
@@ -235,6 +243,8 @@ class Selector:
         try:
             for name, mask in masks.items():
                 here = local(self.tensors[name].bound.parameter.detach())
+                if name in self.originals:
+                    here.copy_(self.originals[name].view(here.shape))
                 here.masked_fill_(~mask.view(here.shape), 0.0)
             return self.statistics.mean_loss()
         finally:
@@ -284,12 +294,12 @@ class Selector:
     def _require_steps(self, step: int, sparsity: float) -> None:
         """Refuse a ranking by what steps have added up to before the first of them, when it is the same for all weights."""
         recipe = self.recipe
-        ranks = (sparsity or recipe.selection.name == "threshold") and not (self.first and starts_at_random(recipe.growth))
-        if step or not ranks or not watches_steps(recipe.saliency):
+        ranks = sparsity or recipe.selection.name == "threshold"
+        if step or not ranks or self._draws or not watches_steps(recipe.saliency):
             return
         raise InputError(
-            f"schedule: the masks of step 0 would be ranked by what saliency {recipe.saliency.name!r} adds up while the model trains, before"
-            f" it has seen a step; let {recipe.schedule.name!r} begin later"
+            f"schedule: the masks of step 0 would be ranked by what saliency {recipe.saliency.name!r} adds up while the model trains,"
+            f" before it has seen a step; let {recipe.schedule.name!r} begin later"
         )
 
     def _require_data_for_the_end(self) -> None:

@@ -166,7 +166,9 @@ class Sparsifier:
             recipe, self.ranked, self._targets, self._statistics, self.clock, seed, self._tell, given, self._watched_steps
         )
         asked = self._selector.asked() if recipe.acts else {}
-        if any(request.source == "steps" for request in asked):
+        watched = {request: bounds for request, bounds in asked.items() if request.source == "steps"}
+        self._statistics.require_memory(watched)
+        if watched:
             self._watch = StepWatch(asked, self._targets)
         self.statistics_bytes = memory_of(asked)
         """Bytes that statistics take while masks are updated."""
@@ -317,7 +319,7 @@ class Sparsifier:
             for tensor in self._tensors.values():
                 tensor.adopt_writes()
             if self._watch is not None:
-                self._watch.look()
+                self._watch.look(getattr(optimizer, "grad_scale", None))
             self._update_masks(closure)
             for tensor in self._tensors.values():
                 tensor.pull_back()
@@ -428,21 +430,22 @@ class Sparsifier:
             raise InputError(f"schedule: {len(rounds)} rounds collect gradients anew in each, so they need data= and loss=")
         if getattr(self.recipe.schedule, "revive", False):
             self._selector.originals = {name: tensor.weight.clone() for name, tensor in self._targets.items()}
+        selected = False
         for round_, sparsity in enumerate(rounds):
             if self._progress is not None:
                 self._progress(self._says(round_, len(rounds)))
             with self._statistics.gradients() if round_ and self._gradient_needs else nullcontext():
-                self._select_once(grows, sparsity)
+                selected = self._select_once(grows, sparsity) or selected
         self._selector.originals = {}
-        if getattr(self.recipe.compensation, "recalibrates", False):
+        if selected and getattr(self.recipe.compensation, "recalibrates", False):
             assert self._statistics.data is not None
             recalibrate_batchnorm(self.model, self._statistics.data)
 
-    def _select_once(self, grows: bool, sparsity: float) -> None:
-        """Select masks of a sparsity, and bring weights, slots and gradients in line with them."""
+    def _select_once(self, grows: bool, sparsity: float) -> bool:
+        """Select masks of a sparsity, and bring weights, slots and gradients in line with them; return whether they act."""
         selected = self._selector.select(self.step, grows, sparsity)
         if selected is None:
-            return
+            return False
         keep, learns = selected.keep, selected.learns
         require_same({name: mask for name, mask in keep.items() if self._targets[name].bound.group is None}, self.step)
         for name, weight in (*self._selector.originals.items(), *selected.weights.items()):
@@ -460,6 +463,7 @@ class Sparsifier:
             for optimizer in self._optimizers:
                 forget_history(optimizer)
             self._announce()
+        return True
 
     def _says(self, round_: int, rounds: int) -> str:
         memory = f", statistics of {show(self.statistics_bytes, 'bytes')}" if self.statistics_bytes else ""

@@ -285,6 +285,8 @@ def _choose(
         for i, one in enumerate(ranked):
             if recipe.allocation.by_row:
                 result.append(_by_row(one, lazy[i](), counts[i], eligible[i]))
+                if (more := counts[i] - int(result[-1].sum())) > 0:
+                    _tell(update, f"masked {more} more weights of {one.name} than asked: some of its rows have no others that are active")
                 continue
             result += _forced_select([lazy[i]], counts[i], [eligible[i]], [forced[i]], [one.name], one.processes)
         return result

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from niwaki.binding import Bound
 from niwaki.collecting import Values
 from niwaki.masked import MaskedTensor
@@ -28,13 +30,18 @@ class StepWatch:
             for bound in bounds
         }
 
-    def look(self) -> None:
-        """Take in the weights and gradients of a step that is about to be taken."""
+    def look(self, scale: Tensor | None = None) -> None:
+        """Take in the weights and gradients of a step that is about to be taken.
+
+        Args:
+            scale: of the gradients, where a fused optimizer under a gradient scaler divides by it in its own step.
+        """
         for (name, _), watched in self._watched.items():
             tensor = self._tensors[name]
             gradient = tensor.bound.parameter.grad
             if gradient is not None:
-                watched.update(tensor.weight, tensor.bound.view(gradient.to_dense() if gradient.is_sparse else gradient))
+                seen = tensor.bound.view(gradient.to_dense() if gradient.is_sparse else gradient)
+                watched.update(tensor.weight, seen if scale is None else seen / scale)
 
     def values(self) -> Values:
         """Return tensor name -> statistic -> its value so far."""

@@ -61,3 +61,27 @@ def test_the_structured_table_has_every_case():
         [line] = [line for line in page.splitlines() if line.startswith(start)]
         assert line.endswith(f"| {100 * row['accuracy']:.2f} % |")
     assert page.count("| niwaki | uniform |") == sum(row["by"] == "niwaki" for row in rows)
+
+
+@pytest.mark.parametrize("name", ["lenet_300_100", "resnet20"])
+def test_the_table_of_criteria_says_what_was_measured(name):
+    """Computed again from the plain JSON."""
+    rows = json.loads((ROOT / "results" / "oneshot" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    table = results_module().oneshot(name)
+    sparsities = sorted({row["sparsity"] for row in rows})
+    for method in {row["method"] for row in rows}:
+        line = next(line for line in table.splitlines() if f"| `{method}` | cut |" in line)
+        cells = [cell.strip() for cell in line.split("|")[4 : 4 + len(sparsities)]]
+        for sparsity, cell in zip(sparsities, cells, strict=True):
+            values = [100 * row["accuracy_cut"] for row in rows if row["method"] == method and row["sparsity"] == sparsity]
+            assert cell.split(" ± ")[0] == (f"{sum(values) / len(values):.1f}" if values else "")
+            assert len(values) < 2 or cell.split(" ± ")[1] == f"{(max(values) - min(values)) / 2:.1f}"
+
+
+def test_the_table_of_blocks_says_what_was_measured():
+    rows = json.loads((ROOT / "results" / "oneshot" / "blocks.json").read_text(encoding="utf-8"))["rows"]
+    table = results_module().oneshot("blocks")
+    for row in rows:
+        value = row["nats"] if row.get("nats") is not None else row["similarity"]
+        assert f"| {row['network']} | {row['pattern'] or 'dense'} | `{row['method']}` |" in table
+        assert f" {value:.4f} |" in table

@@ -171,6 +171,14 @@ REFUSED = [
         f"{{sparsity: 0.9, relaxation: latent, penalty: exploration_l2, {UPDATES}}}",
         "penalty: 'exploration_l2' needs gradient: {superset: {sparsity: S}}, not 'active'",
     ),
+    # what steps add up to
+    *(
+        (
+            f"{{sparsity: 0.9, saliency: {{{name}: {{{fields}}}}}}}",
+            f"schedule: 'one_shot' at the start ranks by what saliency {name!r} adds up while a model trains, before it has seen a step; ",
+        )
+        for name, fields in (("accumulated_movement", "decay: 0.8"), ("karnin", ""), ("from_init", ""), ("mfac", "dynamic: true"))
+    ),
     # mask and weights of a layer together
     (
         "{sparsity: 0.5, saliency: sparsegpt, granularity: filter}",
@@ -278,6 +286,8 @@ def test_impossible_combinations_are_refused(yaml, said):
         "{sparsity: 0.5, growth: all, schedule: {list: {sparsity: [0.9, 0.5], every: 1 steps}}}",
         "{sparsity: 0.5, schedule: {linear: {initial: 0.5}}}",
         "{sparsity: 0.9, schedule: {phases: {dense: [0], sparse: [10], unit: steps}}}",
+        "{sparsity: 0.5, saliency: karnin, schedule: {one_shot: {at: 1 run}}}",
+        "{sparsity: 0.5, saliency: {mfac: {dynamic: true}}, schedule: cubic}",
         "{sparsity: 0.5, saliency: sparsegpt}",
         "{granularity: 2:4, saliency: sparsegpt}",
         "{sparsity: 0.5, saliency: obc, allocation: erdos_renyi}",

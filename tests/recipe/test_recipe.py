@@ -116,7 +116,8 @@ def test_a_resolved_recipe_means_the_same(name):
 
 def test_what_is_missing_is_named_in_one_line():
     with pytest.raises(
-        InputError, match=r"^this recipe needs what this version of Niwaki cannot run yet: relaxation 'hard_concrete', penalty 'expected_l0'$"
+        InputError,
+        match=r"^this recipe needs what this version of Niwaki cannot run yet: relaxation 'hard_concrete', penalty 'expected_l0'$",
     ):
         Recipe.from_yaml(TEN["l0"]).require_complete()
     for name in TEN.keys() - MISSING.keys():

@@ -52,7 +52,8 @@ def test_every_field_of_a_stage_is_read_and_written():
 
 def test_components_to_come_are_found_in_every_stage():
     recipe = Recipe.from_yaml(
-        "stages: [{stages: [{prune: {fraction: 0.1, saliency: signal_to_noise}}, {for: 1 run, objective: adversarial}]}, {for: 1 run, target: heads}]"
+        "stages: [{stages: [{prune: {fraction: 0.1, saliency: signal_to_noise}}, {for: 1 run, objective: adversarial}]},"
+        " {for: 1 run, target: heads}]"
     )
     assert recipe.missing == ["saliency 'signal_to_noise'", "objective 'adversarial'", "target 'heads'"]
     with pytest.raises(InputError, match="cannot run yet: saliency 'signal_to_noise', "):
@@ -106,6 +107,23 @@ def test_stages_take_slots_of_the_recipe_around_them():
         ),
         ("[{prune: {fraction: 0.2, granularity: 2:4}}]", "stages[0].prune.granularity: 'n_m' fixes the sparsity"),
         ("[{prune: {fraction: 0.2, saliency: score}}]", "stages[0].prune.saliency: 'score' is learned while training"),
+        ("[{prune: {fraction: 0.2, saliency: karnin}}]", "stages[0].prune.saliency: 'karnin' is learned while training"),
+        (
+            "[{prune: {fraction: 0.2, allocation: {flops_budget: {flops: 0.5}}}}]",
+            "stages[0].prune.allocation: 'flops_budget' decides how many pieces go, so a fraction has no meaning; drop prune",
+        ),
+        (
+            "[{prune: {fraction: 0.2, compensation: obs}}]",
+            "stages[0].prune.compensation: 'obs' needs a saliency with a curvature, not 'mag",
+        ),
+        (
+            "[{prune: {fraction: 0.2, saliency: obc, allocation: global}}]",
+            "stages[0].prune.allocation: saliency 'obc' solves layer by layer",
+        ),
+        (
+            "[{prune: {fraction: 0.2, allocation: redistribution}}]",
+            "stages[0].prune.allocation: 'redistribution' shares out what grows back",
+        ),
         ("[{penalty: l1}]", "stages[0].for: missing; penalty acts while a stage trains, so say how long, such as for: 1 run"),
         ("[{sparsity: 0.5, relaxation: latent}]", "stages[0].for: missing; relaxation acts while a stage trains"),
         ("[{objective: distillation}]", "stages[0].for: missing; objective acts while a stage trains"),

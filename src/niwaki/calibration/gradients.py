@@ -13,8 +13,8 @@ from torch.func import functional_call, grad_and_value, vmap
 from niwaki.calibration.across import gathered, rank, share
 from niwaki.calibration.batches import Examples, leaves, replaced
 from niwaki.calibration.labels import sampled_labels
-from niwaki.calibration.passes import Arguments, forward
-from niwaki.calibration.run import NO_LOSS, Run, differentiable, require_finite
+from niwaki.calibration.passes import Arguments, forward, require_finite
+from niwaki.calibration.run import NO_LOSS, Run, differentiable
 from niwaki.errors import InputError
 from niwaki.statistics import GradientBank, GradientSquare, GradientStatistic, Mean, Statistic
 

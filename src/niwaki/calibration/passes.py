@@ -61,11 +61,11 @@ def loss_gradients(model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Call
     """Leave in every ``.grad`` the gradient of the mean over the batches (and ranks) of ``loss(forward(model, inputs), targets)``.
 
     Raises:
-        InputError: there is no batch, or a batch is not a pair.
+        InputError: there is no batch, a batch is not a pair or has no targets, or its loss is not finite.
     """
     batches = 0
     for batch in pairs(data):
-        add_gradient(model, batch, loss)
+        add_gradient(model, batch, loss, batches)
         batches += 1
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     for gradient in gradients:
@@ -81,15 +81,39 @@ def mean_loss(model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Callable[
         InputError: there is no batch, or a batch is not a pair.
     """
     with preserved(model):
-        found = torch.stack([loss(forward(model, inputs), targets).to(torch.float64) for inputs, targets in pairs(data)])
+        found = torch.stack([_loss(model, batch, loss, number).to(torch.float64) for number, batch in enumerate(pairs(data))])
     return float(mean(found.mean()))
 
 
-def add_gradient(model: nn.Module, batch: tuple[Any, Any], loss: Callable[[Any, Any], Tensor]) -> None:
-    """Add the gradient of the loss of one batch to every ``.grad``."""
-    inputs, targets = batch
+def add_gradient(model: nn.Module, batch: tuple[Any, Any], loss: Callable[[Any, Any], Tensor], number: int = 0) -> None:
+    """Add the gradient of the loss of one batch to every ``.grad``; ``number`` is the batch's, for errors.
+
+    Raises:
+        InputError: the loss needs targets and there are none, or it is not finite.
+    """
     with torch.enable_grad():
-        loss(forward(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
+        value = _loss(model, batch, loss, number)
+        require_finite(value, number)
+        value.backward()  # type: ignore[no-untyped-call]
+
+
+def _loss(model: nn.Module, batch: tuple[Any, Any], loss: Callable[[Any, Any], Tensor], number: int) -> Tensor:
+    inputs, targets = batch
+    outputs = forward(model, inputs)
+    try:
+        return loss(outputs, targets)
+    except Exception:
+        if targets is None:  # a loss that finds its targets elsewhere does not fail
+            raise InputError(f"data: batch {number} has no targets (None), which the loss needs; give batches (inputs, targets)") from None
+        raise
+
+
+def require_finite(loss: Tensor, number: int) -> None:
+    """Raise an InputError if the loss of a batch is not finite."""
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise InputError(
+            f"data: the loss of batch {number} is not finite; look for inf and NaN in its inputs and targets and in the weights"
+        )
 
 
 def pairs(data: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:

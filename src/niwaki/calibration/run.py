@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from niwaki.calibration.batches import in_float64
-from niwaki.calibration.passes import first_pair, pairs
+from niwaki.calibration.passes import first_pair, pairs, require_finite
 from niwaki.errors import InputError
 from niwaki.layout import Layout
 from niwaki.masks import is_sharded
@@ -181,14 +181,6 @@ class Replay:
                     return
             yield self._kept[number]
             number += 1
-
-
-def require_finite(loss: Tensor, number: int) -> None:
-    """Raise an InputError if the loss of a batch is not finite."""
-    if not bool(torch.isfinite(loss.detach()).all()):
-        raise InputError(
-            f"data: the loss of batch {number} is not finite; look for inf and NaN in its inputs and targets and in the weights"
-        )
 
 
 def plain(model: nn.Module) -> nn.Module:

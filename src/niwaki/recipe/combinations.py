@@ -176,8 +176,8 @@ def steps_are_watched(recipe: Slots, given: Collection[str]) -> str | None:
     if not recipe.selects or not watches_steps(recipe.saliency) or not _is_at_start(recipe):
         return None
     return (
-        f"schedule: 'one_shot' at the start ranks by what saliency {recipe.saliency.name!r} adds up while a model trains, before it has seen a"
-        f" step; choices: {{one_shot: {{at: 1 run}}}}, {_updating_schedules()}"
+        f"schedule: 'one_shot' at the start ranks by what saliency {recipe.saliency.name!r} adds up while a model trains, before it has"
+        f" seen a step; choices: {{one_shot: {{at: 1 run}}}}, {_updating_schedules()}"
     )
 
 
