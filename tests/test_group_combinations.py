@@ -230,8 +230,8 @@ def test_every_schedule(saliency, granularity):
 CHANNELS = [group for group in TARGETS if group.kind == "channel"]
 TABLE = {"seconds": 30.0, "layers": {group.name: {0.0: 1.0 + group.size, 0.9: 1.0} for group in CHANNELS}}
 OTHERS = {
-    "amc": {"episodes": 6, "explore": 3},
-    "evolutionary": {"population": 4, "generations": 2},
+    "amc": {"episodes": 4, "explore": 2},
+    "evolutionary": {"population": 3, "generations": 1},
     "sensitivity": {"sparsities": [0.3, 0.6, 0.9]},
     "explicit": {"layers": {g.name: 0.5 for g in CHANNELS}},
     "flops_budget": {"flops": 0.7},

@@ -1,4 +1,4 @@
-"""state_dict() -> new process -> load_state_dict() -> more steps equals the uninterrupted run, bit for bit, for each catalogue row."""
+"""state_dict() -> new process -> load_state_dict() -> more steps equals the uninterrupted run, bit for bit, for each catalogue row and more."""
 
 import hashlib
 import subprocess
@@ -7,28 +7,51 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import RECIPES, batch, net, recipe, train
+from support import RECIPES as SHARED
+from support import batch, net, recipe, train
 from torch.nn import functional
 
 import niwaki
+from niwaki.collecting import reasons
 
 STEPS, HALF = 280, 150
 """RigL updates every 100 steps until 0.75 of the run: once before the half and once after it."""
 
-WITHOUT_STAGES = [name for name, method in niwaki.METHODS.items() if method.recipe.stages is None]
+WITHOUT_STAGES = [
+    name
+    for name, method in niwaki.METHODS.items()
+    if method.recipe.stages is None and method.recipe.granularity.name != "eigenbasis"  # this one is for niwaki.prune alone
+]
 """Rows that one sparsifier carries out; stages are for what trains through them, and are tested with it."""
 
-ROWS = sorted(WITHOUT_STAGES) + [f"support.{name}" for name in RECIPES]
+AFTER_HALF = "sparsity: 0.8\nschedule: {one_shot: {at: 0.75 run}}\n"
+GRADUAL = "sparsity: 0.8\nschedule: {cubic: {every: 40 steps, begin: 0.1 run}}\n"
+OWN = {
+    "movement": AFTER_HALF + "saliency: {accumulated_movement: {decay: 0.9}}",
+    "weight_change": AFTER_HALF + "saliency: weight_change\nallocation: global",
+    "karnin": AFTER_HALF + "saliency: karnin",
+    "from_init": AFTER_HALF + "saliency: from_init",
+    "dynamic": GRADUAL + "saliency: {mfac: {dynamic: true, gradients: 24, damping: 1e-3}}\ncompensation: obs",
+    "obd": GRADUAL + "saliency: {obd: hutchinson}\nallocation: {sensitivity: {sparsities: [0.5, 0.9]}}",
+    "least_squares": GRADUAL + "saliency: wanda\nallocation: {uniform: {per: row}}\ncompensation: least_squares",
+    "recalibrated": GRADUAL + "granularity: output_channel\ncompensation: batchnorm_recalibration",
+    "redistribution": "sparsity: 0.8\nschedule: {constant: {every: 40 steps}}\n"
+    "growth: gradient\nallocation: {redistribution: {by: gradient}}",
+    "sparsegpt": GRADUAL + "saliency: {sparsegpt: {damping: 0.1}}",
+}
+"""Recipes with something to remember from step to step, or that change weights at an update, before the half and after it."""
+
+RECIPES = {**{f"support.{name}": text for name, text in SHARED.items()}, **{f"own.{name}": text for name, text in OWN.items()}}
+ROWS = [*sorted(WITHOUT_STAGES), *RECIPES]
 
 
 def start(row):
     """Build a run from nothing: model, optimizer, scheduler, sparsifier."""
-    text = RECIPES.get(row.removeprefix("support."))
-    chosen = recipe(text) if row.startswith("support.") else niwaki.method(row)
+    chosen = recipe(RECIPES[row]) if row in RECIPES else niwaki.method(row)
     model = net()
     model.fc2.register_forward_hook(lambda module, args, out: functional.dropout(out, 0.1))  # something that draws from torch's generator
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
-    data = [batch(-1)] if "gradient" in chosen.saliency.needs else None
+    data = [batch(-1)] if "gradient" in chosen.saliency.needs or any(True for _ in reasons(chosen)) else None
     sparsifier = niwaki.Sparsifier(model, chosen, total_steps=STEPS, steps_per_epoch=20, data=data, loss=functional.cross_entropy)
     sparsifier.attach(optimizer)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

@@ -24,6 +24,7 @@ from niwaki.calibration import (
     pairs,
     preserved,
 )
+from niwaki.calibration.batches import leaves
 from niwaki.component import Component
 from niwaki.curvature import Curvature
 from niwaki.errors import InputError
@@ -90,15 +91,16 @@ class Statistics:
         self.uses: Mapping[str, float] | None = None
         """Parameter name -> multiply-adds of each of its weights in a forward pass, if a component needs it."""
         self.dense_flops: float | None = None
-        """FLOPs of a forward pass of the dense model on the same batch, if a component needs them."""
+        """FLOPs of a forward pass of the dense model on one example, if a component needs them."""
         if "flops" in recipe.normalization.needs or "flops" in recipe.allocation.wants:
             assert data is not None
             (inputs, _), self.data = first_pair(data)
             with preserved(model), torch.no_grad():
-                self.uses = weight_uses(model, lambda: forward(model, inputs))
+                count = next((len(tensor) for tensor in leaves(inputs) if tensor.ndim), 1)
+                self.uses = weight_uses(model, lambda: forward(model, inputs), examples=count)
                 if "flops" in recipe.allocation.wants:
                     positional = inputs if isinstance(inputs, tuple) else (inputs,)
-                    self.dense_flops = forward_flops(model, positional, examples=1).dense
+                    self.dense_flops = forward_flops(model, positional, examples=count).dense
 
     @property
     def has_loss(self) -> bool:
@@ -175,6 +177,7 @@ class Statistics:
         totals: list[Tensor] = []
         batches = 0
         with self._apart():
+            self.model.eval()  # as for all statistics of gradients; single examples have no batch to normalize by
             for batch in examples(self.data) if self.recipe.saliency.averages == "sample" else pairs(self.data):
                 for parameter in self.model.parameters():
                     parameter.grad = None

@@ -26,7 +26,7 @@ from niwaki.metrics.units import show
 from niwaki.oneshot.blocks import Blocks, find_blocks
 from niwaki.oneshot.blockwise import at_once, prune_blocks
 from niwaki.ranking import find_groups_with, rank_targets
-from niwaki.recipe import Prune, Recipe
+from niwaki.recipe import Prune, Recipe, Stage
 from niwaki.recipe.stages import sparsity_after
 from niwaki.sparsifier import Sparsifier
 from niwaki.structured import permute as reorder
@@ -156,7 +156,7 @@ def prune(
     schedule. Times, growth and relaxations are not.
 
     Args:
-        model: its pruned weights become zero, and survivors what the method gives them.
+        model: its pruned weights become zero, and survivors what the method gives them. It runs in evaluation mode meanwhile.
         method: name of the catalogue, a YAML file, or a recipe.
         sparsity: in [0, 1); None: the method's own.
         data: batches ``(inputs, targets)``: a list, or anything that can be gone through several times.
@@ -195,7 +195,7 @@ def prune(
     reordered = _reordered(model, recipe, data, groups, example, seed) if permute else ()
     found = _blocks(model, recipe, blocks)
     errors: Mapping[str, float | None] = {}
-    with _shown(data, progress) as (watched, tell), warnings.catch_warnings():
+    with _shown(data, progress) as (watched, tell), warnings.catch_warnings(), _evaluating(model):
         warnings.simplefilter("ignore")  # what is warned of is among the notes
         if isinstance(recipe.granularity, Eigenbasis):
             assert watched is not None
@@ -235,14 +235,22 @@ def _at_once(method: str | Recipe, sparsity: float | None, fields: Mapping[str, 
     """Return the recipe that masks at one moment what a method does."""
     recipe = catalogue.find(method) if isinstance(method, str) else method
     name = method if isinstance(method, str) else "the recipe"
-    if "score" in recipe.saliency.needs or any(request.source == "steps" for request in requests_of(recipe.saliency)):
-        raise InputError(f"prune: {name} ranks by what it has seen of the training, and there is none; choose another, or niwaki run")
+    _require_no_training(recipe, name)
     said = fields if sparsity is None else {**fields, "sparsity": sparsity}
     if sparsity is not None and recipe.stages is None and recipe.final_sparsity is None:
         recipe = recipe.replace(sparsity=sparsity)
     recipe = at_once(recipe)
     recipe = recipe.replace(**said) if said else recipe
     return recipe
+
+
+def _require_no_training(recipe: Recipe | Stage, name: str) -> None:
+    """Refuse scores of what a training does, in stages too."""
+    saliency = recipe.saliency
+    if recipe.selects and ("score" in saliency.needs or any(request.source == "steps" for request in requests_of(saliency))):
+        raise InputError(f"prune: {name} ranks by what it has seen of the training, and there is none; choose another, or niwaki run")
+    for stage in recipe.stages or ():
+        _require_no_training(stage, name)
 
 
 def _reordered(
@@ -315,10 +323,17 @@ def looks_at_inputs(recipe: Recipe) -> bool:
 
 
 def _evaluated(model: nn.Module, data: Iterable[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]) -> float:
+    with _evaluating(model):
+        return mean_loss(model, data, loss)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode inside the block."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return mean_loss(model, data, loss)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -135,8 +135,8 @@ def _task(method: str, rounds: int, as_json: bool, options: dict[str, Any]) -> N
         options["epochs"] = 0
     if rounds > 1 and epochs in (None, 0, "0"):
         raise InputError("--rounds: there is fine-tuning before each round; say its whole length with --epochs")
-    schedule = "one_shot" if rounds == 1 else {"iterative": {"rounds": rounds, "begin": "0 run", "end": f"{rounds / (rounds + 1)} run"}}
-    recipe = recipe.replace(schedule=schedule, growth=None)
+    in_rounds = {"iterative": {"rounds": rounds, "begin": "0 run", "end": f"{rounds / (rounds + 1)} run"}}
+    recipe = recipe.replace(schedule=in_rounds if rounds > 1 else once(recipe).schedule, growth=None)
     task = training.task(options)
     job = training.job(task, recipe, method, options, kind="prune")
     training.carry_out([(job, training.folder(job, options["out"]))], options, as_json)

@@ -180,7 +180,7 @@ def at_once(recipe: Recipe) -> Recipe:
     Raises:
         InputError: it has no sparsity, or learns its scores by training.
     """
-    if recipe.final_sparsity is None and recipe.stages is None:
+    if not recipe.selects and recipe.stages is None:
         raise InputError("recipe: it does not rank weights to a given sparsity; choose a method that does, such as magnitude or wanda")
     if "score" in recipe.saliency.needs:
         raise InputError(f"saliency: {recipe.saliency.name!r} learns its scores by training; choose another method, such as magnitude")

@@ -127,7 +127,7 @@ def once(recipe: Recipe) -> Recipe:
         if len(saying) != 1:
             raise InputError(f"stages: {len(saying) or 'none'} of them say a sparsity, and to mask at once one has to")
         said = saying[0].filled(around)
-    if said.final_sparsity is None:
+    if not said.selects:
         raise InputError("sparsity: missing; to mask at once, say how much")
     kept = ("sparsity", "target", "granularity", "saliency", "normalization", "allocation", "selection", "compensation")
     schedule = OneShot()
