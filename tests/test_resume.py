@@ -1,4 +1,4 @@
-"""state_dict() -> new process -> load_state_dict() -> more steps equals the uninterrupted run, bit for bit, for each catalogue row and more."""
+"""state_dict() -> new process -> load_state_dict() -> more steps equals the uninterrupted run, bit for bit, for catalogue rows and more."""
 
 import hashlib
 import subprocess
