@@ -32,6 +32,13 @@ def test_a_first_mask_that_is_drawn_has_the_budgets_of_what_is_looked_at(allocat
     assert drawn.masks != ranked.masks
 
 
+def test_what_an_allocation_looks_at_needs_no_gradient_that_the_saliency_has_of_each_batch():
+    said = {"sparsity": 0.5, "allocation": "pfa", "saliency": {"taylor": {"over": "batch"}}}
+    sparsifier = build(net(), niwaki.Recipe(**said), 4)
+    other = build(net(), niwaki.Recipe(**{**said, "saliency": "magnitude"}), 4)
+    assert [int(m.sum()) for m in sparsifier.masks.values()] == [int(m.sum()) for m in other.masks.values()]
+
+
 @pytest.mark.parametrize("initial_mask", ["random", "saliency"])
 @pytest.mark.parametrize("by", ["weight", "gradient", "nonzeros", "survivors"])
 def test_redistribution_from_the_first_mask_to_the_end_of_the_run(by, initial_mask):
@@ -114,6 +121,51 @@ def test_batch_norm_is_estimated_anew_only_when_masks_act():
     assert sum(int(m.sum()) for m in masks.values()) == round(0.5 * sum(m.numel() for m in masks.values()))
 
 
+def test_nothing_is_collected_where_nothing_goes():
+    """A schedule that begins with no sparsity, and dense phases, look at no data."""
+    read = []
+
+    class Data:
+        def __iter__(self):
+            read.append(1)
+            yield from DATA
+
+    recipe = niwaki.Recipe(
+        sparsity=0.5,
+        saliency="wanda",
+        growth="all",
+        schedule={"phases": {"dense": [0, 4], "sparse": [2, 6], "unit": "steps"}},
+    )
+    model = net()
+    sparsifier = niwaki.Sparsifier(model, recipe, total_steps=8, data=Data())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier.attach(optimizer)
+    found = []
+    for step in range(8):
+        train(model, [optimizer], range(step, step + 1))
+        found.append((sparsifier.sparsity > 0.0, len(read)))
+    assert found == [(False, 0)] * 2 + [(True, 1)] * 2 + [(False, 1)] * 2 + [(True, 2)] * 2
+
+
+def test_a_budget_of_flops_starts_from_masks_that_were_given():
+    """Pieces that are masked already count as what they cost, and stay."""
+    given = niwaki.Masks({"fc2.weight": torch.arange(24 * 16).view(16, 24) % 3 > 0})
+    recipe = niwaki.Recipe(allocation={"flops_budget": {"flops": 0.6}}, schedule={"linear": {"every": "2 steps", "end": "1 run"}})
+    model = net()
+    sparsifier = build(model, recipe, 4, masks=given)
+    assert sparsifier.masks["fc2.weight"].equal(given["fc2.weight"])
+    assert all(bool(mask.all()) for name, mask in sparsifier.masks.items() if name != "fc2.weight")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsifier.attach(optimizer)
+    train(model, [optimizer], range(4))
+    masks = sparsifier.finalize().masks
+    uses = {"conv2.weight": 16, "fc1.weight": 1, "fc2.weight": 1}  # conv2 has 4 x 4 outputs
+    dense = 4 * 9 * 64 + sum(uses[name] * masks[name].numel() for name in uses) + 5 * 16
+    left = dense - sum(uses[name] * int((~masks[name]).sum()) for name in uses)
+    assert 0.6 * dense - 16 < left <= 0.6 * dense
+    assert not bool((masks["fc2.weight"] & ~given["fc2.weight"]).any())
+
+
 # ---------------------------------------------------------------- what steps add up to
 
 
@@ -124,16 +176,15 @@ def test_no_mask_is_ranked_by_steps_before_the_first_one(schedule):
     with pytest.raises(InputError, match=r"before it has seen a step; let 'c[a-z]*' begin later"):
         build(model, niwaki.Recipe(sparsity=0.5, saliency="accumulated_movement", schedule=schedule), 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    build(net(), niwaki.Recipe(sparsity=0.5, saliency="accumulated_movement", schedule="cubic"), 8)  # nothing is masked at first
+    for saliency in ("accumulated_movement", {"mfac": {"dynamic": True, "gradients": 4}}):
+        build(net(), niwaki.Recipe(sparsity=0.5, saliency=saliency, schedule="cubic"), 8)  # nothing is masked at first
     drawn = niwaki.Recipe(sparsity=0.5, saliency="accumulated_movement", schedule={"constant": {"every": "2 steps"}}, growth="random")
     build(net(), drawn, 8)
 
 
 def test_statistics_of_steps_count_as_memory():
     recipe = niwaki.Recipe(sparsity=0.5, saliency={"mfac": {"dynamic": True, "gradients": 64}}, schedule="cubic")
-    with pytest.raises(
-        InputError, match=r"^memory: the statistics need 958 kB, .* for StepGradients, .*; window: 6 would fit$"
-    ):
+    with pytest.raises(InputError, match=r"^memory: the statistics need 958 kB, .* for StepGradients, .*; window: 6 would fit$"):
         build(net(), recipe, 8, memory=100_000)
 
 

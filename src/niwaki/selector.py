@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from niwaki.allocation import Allocation
 from niwaki.binding import Bound
 from niwaki.candidates import Candidates
 from niwaki.clock import Clock
@@ -25,7 +26,7 @@ from niwaki.recipe.combinations import has_curvature, watches_steps
 from niwaki.saliency import Observation, Saliency
 from niwaki.selection import kept
 from niwaki.statistics import Statistic
-from niwaki.update import Update, next_pieces, starts_at_random, sum_counts
+from niwaki.update import Update, keeps_all, next_pieces, starts_at_random, sum_counts
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,9 @@ class Selector:
         if sparsity is None:
             sparsity = self.due(step)
         assert sparsity is not None
-        self._require_steps(step, sparsity)
-        if self.given and self.only_removes:
+        if self.given and self.only_removes and self.recipe.allocation.budget is None:
             sparsity = max(sparsity, 1.0 - self._active_pieces() / self._pieces)
-        seen = self._collect(step)
+        seen = Collected() if keeps_all(self.recipe, self.ranked, sparsity) else self._collect(step)
         pieces, update = self._next(step, sparsity, grows, seen)
         if not self.candidates.accept(pieces, at_end=step >= self.recipe.schedule.last(self.clock)):
             self.selected_at = step
@@ -159,7 +159,7 @@ class Selector:
         """Return the statistics that the components ask for, each with its tensors."""
         asked: dict[Statistic, list[Bound]] = {}
         scored = [part.bound for one in self.ranked for part in one.scored]
-        readers = [part.bound for one in self.ranked for part in one.readers or one.scored]
+        readers = [part.bound for one in self.ranked for part in one.readers or one.makers]
         for request in requests_of(self.recipe.saliency):
             asked.setdefault(request, []).extend(scored)
         for request in requests_of(self.recipe.allocation):
@@ -178,6 +178,7 @@ class Selector:
         """Collect what the coming selection needs to know."""
         if self._draws:
             return Collected()
+        self._require_steps(step)
         saliency = self.recipe.saliency
         asked = self.asked()
         values: dict[str, dict[Statistic, Any]] = {}
@@ -196,10 +197,11 @@ class Selector:
         pruned = self.tensors[bound.name].pruned
         return None if pruned is None else ~pruned
 
-    def _observe(self, bound: Bound, step: int, component: Saliency | Growth, seen: Collected) -> Observation:
+    def _observe(self, bound: Bound, step: int, component: Saliency | Growth | Allocation, seen: Collected) -> Observation:
         """Return what a component may look at."""
         tensor = self.tensors[bound.name]
-        wanted = "gradient" in self.recipe.allocation.wants and bound.parameter.grad is not None  # it says itself where it needs one
+        # Not always there for an allocation, which says itself where it cannot do without.
+        wanted = isinstance(component, Allocation) and "gradient" in component.wants and bound.parameter.grad is not None
         return bound.observe(
             self.originals.get(bound.name, tensor.weight),
             score=tensor.score if "score" in component.needs else None,
@@ -221,6 +223,7 @@ class Selector:
             seed=self.seed,
             observe=lambda bound: self._observe(bound, step, recipe.saliency, seen),
             observe_growth=lambda bound: self._observe(bound, step, recipe.growth, seen),
+            observe_allocation=lambda bound: self._observe(bound, step, recipe.allocation, seen),
             flops=self.statistics.uses,
             dense_flops=self.statistics.dense_flops,
             loss=self._loss_of if "loss" in recipe.allocation.wants else None,
@@ -291,11 +294,10 @@ class Selector:
         if not allocation.joint and not allocation.wants and not allocation.statistics:
             allocation.keep(final, [one.layer for one in self.ranked], final)
 
-    def _require_steps(self, step: int, sparsity: float) -> None:
+    def _require_steps(self, step: int) -> None:
         """Refuse a ranking by what steps have added up to before the first of them, when it is the same for all weights."""
         recipe = self.recipe
-        ranks = sparsity or recipe.selection.name == "threshold"
-        if step or not ranks or self._draws or not watches_steps(recipe.saliency):
+        if step or not watches_steps(recipe.saliency):
             return
         raise InputError(
             f"schedule: the masks of step 0 would be ranked by what saliency {recipe.saliency.name!r} adds up while the model trains,"

@@ -41,6 +41,7 @@ class Update:
         seed: of the run.
         observe: tensor -> what the saliency may look at.
         observe_growth: the same for growth.
+        observe_allocation: the same for the allocation.
         flops: parameter name -> multiply-adds of each of its weights in a forward pass; None when no component needs it.
         dense_flops: FLOPs of a forward pass of the whole dense model, in the same unit as ``flops``; None when no component needs it.
         loss: the mean loss over the data if everything ranked keeps some pieces (bool, one tensor each); None when there are no data.
@@ -58,6 +59,7 @@ class Update:
     seed: int
     observe: Callable[[Bound], Observation]
     observe_growth: Callable[[Bound], Observation]
+    observe_allocation: Callable[[Bound], Observation]
     first: bool
     from_active: bool
     flops: Mapping[str, float] | None = None
@@ -93,6 +95,11 @@ def next_pieces(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tenso
 
     if isinstance(recipe.selection, Threshold):
         return _above(recipe, recipe.selection.value, ranked, saliency, active, update)
+    if keeps_all(recipe, ranked, update.sparsity):
+        if not update.from_active:
+            return [torch.ones_like(a) for a in active]
+        if recipe.allocation.budget is not None or sum_counts(active, ranked) == [one.pieces for one in ranked]:
+            return list(active)
     counts = _counts(recipe, ranked, active, saliency, update)
     if recipe.saliency.solves:
         return _solved(recipe, ranked, counts, update)
@@ -111,6 +118,13 @@ def next_pieces(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tenso
             update, f"kept {more} weights where the sparsity asks for {asked}: groups of {granularity.name} keep their best, short ones too"
         )
     return keep
+
+
+def keeps_all(recipe: Recipe, ranked: Sequence[Ranked], sparsity: float) -> bool:
+    """Return whether a sparsity masks nothing, so that nothing has to be ranked."""
+    pieces = sum(one.pieces for one in ranked)
+    less = sparsity > 0.0 if recipe.allocation.budget is not None else kept(sparsity, pieces) < pieces
+    return not less and not isinstance(recipe.selection, Threshold)
 
 
 def _above(
@@ -229,8 +243,8 @@ def _evidence(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor]
         return update.dense_flops - sum(2.0 * uses.get(name, 0.0) * int((~mask).sum()) for name, mask in masks.items())
 
     def observe(i: int) -> list[Observation]:
-        parts = ranked[i].readers if recipe.allocation.observes == "inputs" and ranked[i].readers else ranked[i].scored
-        return [update.observe(part.bound) for part in parts]
+        parts = (ranked[i].readers or ranked[i].makers) if recipe.allocation.observes == "inputs" else ranked[i].scored
+        return [update.observe_allocation(part.bound) for part in parts]
 
     survivors = None
     if isinstance(recipe.growth, DropAndGrow) and not update.first and update.grows:

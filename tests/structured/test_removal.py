@@ -254,9 +254,7 @@ def test_all_outputs_masked_leaves_one():
     model = randomized(networks.Perceptron(5, 3, (4, 4)))
     smaller = check(model, outputs_masked(model, {"1.weight": range(4)}), images(3, 5))
     assert smaller.model[1].out_features == 1
-    assert smaller.notes == [
-        "1: 1 masked unit was not removed: what they are without weights cannot be folded into what reads them, or some have to stay"
-    ]
+    assert smaller.notes == ["1: 1 masked unit was not removed: all of them are masked, and at least one has to stay"]
 
 
 def test_removal_makes_more_units_constant():

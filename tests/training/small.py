@@ -42,6 +42,11 @@ def with_dropout(data: Data) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.Dropout(0.2), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
+def in_fours(data: Data) -> nn.Module:
+    """Every width is a multiple of four."""
+    return nn.Sequential(nn.ConstantPad1d((0, 2), 0.0), nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
 def with_norms(data: Data) -> nn.Module:
     hidden = [nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.BatchNorm1d(16), nn.ReLU()]
     return nn.Sequential(*hidden, nn.Linear(16, 2))
@@ -82,7 +87,7 @@ class Attentive(nn.Module):
 def plane(**fields: Any) -> Task:
     """Return a classification task: which side of a plane a point lies on."""
     training = Training(epochs=4, batch_size=16, learning_rate=0.1, threads=1)
-    builders = {"small": network, "plain": without_batch_norm, "dropout": with_dropout, "norms": with_norms}
+    builders = {"small": network, "plain": without_batch_norm, "dropout": with_dropout, "norms": with_norms, "fours": in_fours}
     builders["attention"] = lambda data: Attentive()
     given: dict[str, Any] = {
         "name": "plane",

@@ -51,6 +51,9 @@ SUITABLE = {
     "early_bird_channels": {"model": "norms", "epochs": 4},
     "head_importance": {"model": "attention"},
     "layerdrop": {"model": "attention"},
+    "gate_decorator": {"model": "norms"},
+    "two_four": {"model": "fours"},
+    "adaprune": {"model": "fours"},
 }
 """What methods need whose units the first network does not have."""
 

@@ -40,7 +40,10 @@ def draw(moments: Mapping[str, Curves], families: Mapping[str, str], path: Path)
     handles: dict[str, Artist] = {}
     for row, (moment, found) in zip(panels, moments.items(), strict=True):
         for panel, network in zip(row, networks, strict=True):
-            handles |= _panel(panel, found.get(network, {}), families)
+            if network not in found:
+                panel.set_visible(False)
+                continue
+            handles |= _panel(panel, found[network], families)
             panel.set_title(f"{network}: {moment}", fontsize=10, loc="left")
     order = [name for name in ("dense", *families) if name in handles]
     figure.legend([handles[name] for name in order], order, loc="outside right upper", fontsize=8, frameon=False)

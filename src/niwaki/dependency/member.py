@@ -15,7 +15,6 @@ Role = Literal["output", "input", "along"]
 """Of a dimension: its entries are made by the weight, read by it, or ride along (biases, normalizations, depthwise weights, buffers)."""
 
 
-
 @dataclass(frozen=True, eq=False)
 class Member:
     """One dimension of one parameter or buffer.
