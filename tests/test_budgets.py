@@ -32,6 +32,17 @@ def test_a_first_mask_that_is_drawn_has_the_budgets_of_what_is_looked_at(allocat
     assert drawn.masks != ranked.masks
 
 
+@pytest.mark.parametrize("compensation", ["least_squares", "obs"])
+def test_survivors_of_a_drawn_mask_are_compensated(compensation):
+    said = {"sparsity": 0.5, "saliency": "kfac_obs", "schedule": {"constant": {"every": "2 steps"}}, "growth": "random"}
+    model, plain = net(), net()
+    masks = build(model, niwaki.Recipe(**said, compensation=compensation), 4).masks
+    assert build(plain, niwaki.Recipe(**said), 4).masks == masks
+    assert not torch.equal(model.fc2.weight, plain.fc2.weight)
+    losses = [float(sum(functional.cross_entropy(one.eval()(x), y) for x, y in DATA).detach()) for one in (net(), model, plain)]
+    assert abs(losses[1] - losses[0]) < abs(losses[2] - losses[0])
+
+
 def test_what_an_allocation_looks_at_needs_no_gradient_that_the_saliency_has_of_each_batch():
     said = {"sparsity": 0.5, "allocation": "pfa", "saliency": {"taylor": {"over": "batch"}}}
     sparsifier = build(net(), niwaki.Recipe(**said), 4)

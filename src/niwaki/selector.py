@@ -102,9 +102,9 @@ class Selector:
 
     @property
     def _draws(self) -> bool:
-        """Whether the coming selection is drawn at random, and its budgets look at nothing either."""
+        """Whether the coming selection is drawn at random, and neither its budgets nor what survivors are given look at anything."""
         allocation = self.recipe.allocation
-        looks = allocation.wants & {"scores", "loss"} or allocation.statistics
+        looks = allocation.wants & {"scores", "loss"} or allocation.statistics or self.recipe.compensation is not None
         return self.first and starts_at_random(self.recipe.growth) and not looks
 
     def asking(self) -> Component | None:
