@@ -26,6 +26,7 @@ from niwaki.allocation import (
 from niwaki.errors import InputError
 from niwaki.layout import Layout
 from niwaki.saliency import Observation
+from niwaki.statistics import Momentum
 
 LIMITED = [
     Uniform(),
@@ -164,20 +165,31 @@ def test_growth_follows_the_mean_size_of_active_weights():
     assert Redistribution(by="nonzeros").keep(0.8, layers, evidence=evidence) == [20, 20]
 
 
+def test_growth_follows_the_momentum_of_active_weights():
+    layers = [linear("a", 10, 10), linear("b", 10, 10)]
+    on = torch.zeros(10, 10, dtype=torch.bool)
+    on[:2] = True
+    moments = [torch.where(on, -3.0, 0.0), torch.where(on, 2.0, 9.0)]
+    seen = [Observation("w", torch.ones(10, 10), active=on, statistics={Momentum(0.9): m.double()}) for m in moments]
+    evidence = Evidence(survivors=[10, 10], observe=lambda i: [seen[i]])
+    assert Redistribution().keep(0.8, layers, evidence=evidence) == [10 + 12, 10 + 8]  # 20 to grow, as 3 to 2
+    assert Redistribution().statistics == (Momentum(0.9),)
+
+
 def test_a_layer_takes_what_it_has_room_for_and_the_rest_goes_to_the_others_in_proportion():
     layers = [linear("a", 2, 5), linear("b", 10, 10), linear("c", 10, 10)]
     on = torch.ones(1, dtype=torch.bool)
     sizes = [100.0, 1.0, 2.0]
     evidence = Evidence(survivors=[8, 20, 20], observe=lambda i: watched(torch.tensor([sizes[i]]), on))
     # 80 of 210 pieces: 32 to grow, of which the first takes 2, all that is free, and the others 10 and 20.
-    assert Redistribution().keep(1 - 80 / 210, layers, evidence=evidence) == [10, 30, 40]
+    assert Redistribution(by="weight").keep(1 - 80 / 210, layers, evidence=evidence) == [10, 30, 40]
 
 
 def test_without_survivors_the_first_masks_have_the_budgets_of_the_shapes():
     layers = [linear("a", 10, 90), linear("b", 10, 10)]
     evidence = Evidence(observe=lambda i: [])
     assert Redistribution(initial="erdos_renyi").keep(0.88, layers, evidence=evidence) == ErdosRenyi().keep(0.88, layers)
-    assert Redistribution().keep(0.9, layers, evidence=evidence) == Uniform().keep(0.9, layers)
+    assert Redistribution(by="weight").keep(0.9, layers, evidence=evidence) == Uniform().keep(0.9, layers)
 
 
 def test_where_the_total_falls_below_the_survivors_every_layer_gives_the_same_share():
@@ -189,4 +201,4 @@ def test_where_the_total_falls_below_the_survivors_every_layer_gives_the_same_sh
 def test_sizes_that_are_not_finite_are_refused():
     evidence = Evidence(survivors=[1], observe=lambda i: watched(torch.tensor([math.nan]), None))
     with pytest.raises(InputError, match="the mean absolute weight of 'a' is nan"):
-        Redistribution().keep(0.5, [linear("a", 4, 4)], evidence=evidence)
+        Redistribution(by="weight").keep(0.5, [linear("a", 4, 4)], evidence=evidence)
