@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,14 +25,15 @@ from niwaki.calibration import (
     pairs,
     preserved,
 )
-from niwaki.calibration.batches import leaves
+from niwaki.calibration.batches import count
 from niwaki.component import Component
 from niwaki.curvature import Curvature
-from niwaki.errors import InputError
+from niwaki.errors import InputError, NiwakiError
+from niwaki.granularity import Grouped
 from niwaki.metrics.flops import forward_flops, weight_uses
 from niwaki.metrics.units import show
 from niwaki.pieces import Ranked
-from niwaki.ranks import average_
+from niwaki.ranks import average_, mean
 from niwaki.recipe import Prune, Recipe
 from niwaki.saliency import Observation
 from niwaki.statistics import Statistic
@@ -46,7 +48,8 @@ class Collected:
 
     Attributes:
         values: what was asked for.
-        averaged: the saliency's scores of everything ranked, averaged over batches or examples; None where it does not ask for that.
+        averaged: the saliency's scores of everything ranked, where they are averaged over batches or examples, or those of gates;
+            else None.
         curvature: of all scored tensors, for saliencies that build one.
     """
 
@@ -64,10 +67,10 @@ class Statistics:
         data: batches ``(inputs, targets)``, or None.
         loss: called as ``loss(model(inputs), targets)``, or None.
         seed: of sampled labels and random vectors.
-        memory: most bytes that statistics may take, or None.
+        validation: batches of examples that are not trained on, or None.
 
     Raises:
-        InputError: a component needs data or a loss that were not given.
+        InputError: a component needs data, a loss or validation examples that were not given.
     """
 
     def __init__(
@@ -77,30 +80,33 @@ class Statistics:
         data: Iterable[tuple[Any, Any]] | None,
         loss: Callable[[Any, Any], Tensor] | None,
         seed: int = 0,
-        memory: int | None = None,
+        validation: Iterable[tuple[Any, Any]] | None = None,
     ) -> None:
         self.model, self.recipe, self.loss = model, recipe, loss
         self.data = Replay(data) if data is not None and iter(data) is data else data
-        self.seed, self.memory = seed, memory
+        self.validation = Replay(validation) if validation is not None and iter(validation) is validation else validation
+        self.seed = seed
         self.collecting = False
         """Whether gradients that are accumulated now are statistics, and none of the training's own."""
         for slot, name, why, with_loss in reasons(recipe):
             if data is None or (with_loss and loss is None):
                 given = "data= and loss=" if with_loss else "data="
                 raise InputError(f"{slot}: {name!r} needs {given} {why}")
+        if recipe.selects and recipe.schedule.validates and (validation is None or loss is None):
+            raise InputError(f"schedule: {recipe.schedule.name!r} needs validation= and loss=, to see how the loss of other examples moves")
         self.uses: Mapping[str, float] | None = None
         """Parameter name -> multiply-adds of each of its weights in a forward pass, if a component needs it."""
         self.dense_flops: float | None = None
         """FLOPs of a forward pass of the dense model on one example, if a component needs them."""
-        if "flops" in recipe.normalization.needs or "flops" in recipe.allocation.wants:
+        penalty = frozenset() if recipe.penalty is None else recipe.penalty.needs
+        if "flops" in recipe.normalization.needs | penalty or "flops" in recipe.allocation.wants:
             assert data is not None
             (inputs, _), self.data = first_pair(data)
             with preserved(model), torch.no_grad():
-                count = next((len(tensor) for tensor in leaves(inputs) if tensor.ndim), 1)
-                self.uses = weight_uses(model, lambda: forward(model, inputs), examples=count)
+                self.uses = weight_uses(model, lambda: forward(model, inputs), examples=count(inputs))
                 if "flops" in recipe.allocation.wants:
                     positional = inputs if isinstance(inputs, tuple) else (inputs,)
-                    self.dense_flops = forward_flops(model, positional, examples=count).dense
+                    self.dense_flops = forward_flops(model, positional, examples=count(inputs)).dense
 
     @property
     def has_loss(self) -> bool:
@@ -122,18 +128,37 @@ class Statistics:
         assert self.loss is not None
         return mean_loss(self.model, self.data, self.loss)
 
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Return the mean loss of the validation examples (of all ranks), of the model as it is, in evaluation mode.
+
+        Raises:
+            InputError: there is no batch.
+            NiwakiError: the loss is not finite.
+        """
+        assert self.validation is not None
+        assert self.loss is not None
+        losses, examples = 0.0, 0
+        with preserved(self.model):
+            self.model.eval()
+            for inputs, targets in pairs(self.validation):
+                losses += count(inputs) * float(self.loss(forward(self.model, inputs), targets))
+                examples += count(inputs)
+        device = next(self.model.parameters()).device
+        sums = mean(torch.tensor([losses, examples], dtype=torch.float64, device=device))
+        value = float(sums[0] / sums[1])
+        if not math.isfinite(value):
+            raise NiwakiError(f"the validation loss is {value}; a smaller learning rate may help")
+        return value
+
     def collect(self, asked: Mapping[Statistic, Sequence[Bound]], active: Callable[[Bound], Tensor | None]) -> Values:
         """Return the statistics that components ask for, each of its tensors; those of the training's steps are not among them.
 
         Args:
             asked: statistic -> the tensors that it is asked of.
             active: tensor -> its mask now, True where active.
-
-        Raises:
-            InputError: they would take more memory than allowed.
         """
         asked = {request: bounds for request, bounds in asked.items() if request.source != "steps" and bounds}
-        self.require_memory(asked)
         for request, bounds in asked.items():
             sharded = next((bound.name for bound in bounds if bound.group is not None and request.source != "inputs"), None)
             if sharded is not None:
@@ -151,24 +176,6 @@ class Statistics:
             for name, one in values.items():
                 found.setdefault(name, {}).update(one)
         return found
-
-    def require_memory(self, asked: Mapping[Statistic, Sequence[Bound]]) -> None:
-        """Refuse what would take more memory than allowed, and say what would fit.
-
-        Raises:
-            InputError: the statistics would take more.
-        """
-        needed = memory_of(asked)
-        if self.memory is None or needed <= self.memory:
-            return
-        request, bounds = max(asked.items(), key=lambda one: memory_of({one[0]: one[1]}))
-        rest = self.memory - (needed - memory_of({request: bounds}))
-        fits = request.within(rest, [bound.layout for bound in bounds])
-        raise InputError(
-            f"memory: the statistics need {show(needed, 'bytes')}, {show(memory_of({request: bounds}), 'bytes')} of it for"
-            f" {type(request).__name__}, and {show(self.memory, 'bytes')} are allowed; "
-            + (f"{fits} would fit" if fits else "allow more, exclude large tensors from the target, or choose a saliency that needs less")
-        )
 
     def averaged(self, ranked: Sequence[Ranked], observe: Callable[[Bound], Observation]) -> list[Tensor]:
         """Return the scores by the gradient of each batch, or each example, alone, averaged over them and the ranks."""
@@ -200,14 +207,51 @@ class Statistics:
             self.collecting = False
 
 
-def memory_of(asked: Mapping[Statistic, Sequence[Bound]]) -> int:
-    """Return the bytes that statistics take."""
-    return sum(request.memory(bound.layout) for request, bounds in asked.items() for bound in bounds)
-
-
 def requests_of(component: Component | None) -> tuple[Statistic, ...]:
     """Return the statistics that a component of any slot asks for."""
     return getattr(component, "statistics", ())
+
+
+def statistics_of(recipe: Recipe | Prune, ranked: Sequence[Ranked]) -> dict[Statistic, list[Bound]]:
+    """Return the statistics that the components of a recipe ask for, each with its tensors."""
+    asked: dict[Statistic, list[Bound]] = {}
+    scored = [part.bound for one in ranked for part in one.scored]
+    readers = [part.bound for one in ranked for part in one.readers or one.makers]
+    for request in requests_of(recipe.saliency):
+        asked.setdefault(request, []).extend(scored)
+    for request in requests_of(recipe.allocation):
+        asked.setdefault(request, []).extend(readers if recipe.allocation.observes == "inputs" else scored)
+    for request in requests_of(getattr(recipe, "growth", None)):
+        asked.setdefault(request, []).extend(part.bound for one in ranked for part in one.parts)
+    for request in requests_of(recipe.compensation):
+        asked.setdefault(request, []).extend(_survivors(recipe, ranked))
+    return {request: list({bound.name: bound for bound in bounds}.values()) for request, bounds in asked.items()}
+
+
+def _survivors(recipe: Recipe | Prune, ranked: Sequence[Ranked]) -> list[Bound]:
+    """Return the weights whose remaining entries can make up for those that go: of units, those that read them."""
+    grouped = isinstance(recipe.granularity, Grouped)
+    parts = (part for one in ranked for part in (one.readers if grouped else one.parts))
+    return list({p.bound.name: p.bound for p in parts if p.bound.parameter.ndim >= 2 and "input" in p.bound.layout.roles}.values())
+
+
+def bytes_of(asked: Mapping[Statistic, Sequence[Bound]], memory: int | None = None) -> int:
+    """Return the bytes that statistics take while they are collected and used.
+
+    Raises:
+        InputError: these are more than ``memory``; it says what would fit.
+    """
+    each = {request: sum(request.memory(bound.layout) for bound in bounds) for request, bounds in asked.items()}
+    needed = sum(each.values())
+    if memory is None or needed <= memory:
+        return needed
+    largest = max(each, key=lambda request: each[request])
+    fits = largest.within(memory - (needed - each[largest]), [bound.layout for bound in asked[largest]])
+    raise InputError(
+        f"memory: the statistics need {show(needed, 'bytes')}, {show(each[largest], 'bytes')} of it for"
+        f" {type(largest).__name__}, and {show(memory, 'bytes')} are allowed; "
+        + (f"{fits} would fit" if fits else "allow more, exclude large tensors from the target, or choose a saliency that needs less")
+    )
 
 
 def asking(recipe: Recipe | Prune) -> list[Component]:

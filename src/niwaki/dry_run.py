@@ -11,12 +11,13 @@ from torch import nn
 
 from niwaki.allocation import guard
 from niwaki.clock import Clock
+from niwaki.collecting import asking, bytes_of, requests_of, statistics_of
 from niwaki.dependency import Example, Group
 from niwaki.errors import InputError
 from niwaki.granularity import Grouped
 from niwaki.pieces import bounds_of
 from niwaki.ranking import find_groups_with, rank_targets
-from niwaki.recipe import Recipe
+from niwaki.recipe import Prune, Recipe
 from niwaki.recipe.combinations import decides
 from niwaki.target import LeftOut
 
@@ -52,8 +53,9 @@ class Plan:
     Attributes:
         tensors: the targets, in parameter order: tensors, or groups of them that share masks.
         left_out: parameters that stay dense, each with its reason.
-        updates: optimizer step -> sparsity of the mask update before it, None where the scores decide it; empty where nothing is selected.
-        final_sparsity: of all targets together, or None where the strength or the scores decide.
+        updates: optimizer step -> sparsity of the mask update before it, None where scores or losses decide it; empty where nothing is
+            selected.
+        final_sparsity: of all targets together, or the most that a schedule may reach; None where the strength or the scores decide.
         notes: guards that would act.
     """
 
@@ -123,8 +125,13 @@ def plan(
     sparsity = recipe.final_sparsity
     keep: list[int | None] = [None] * len(ranked)
     why = f"relaxation {recipe.relaxation.name}: its strength decides"
-    if sparsity is not None and recipe.allocation.joint:
+    if recipe.selects and recipe.schedule.decides:
+        most = "" if sparsity is None else f", at most {sparsity:.6g}"
+        why = f"schedule {recipe.schedule.name}: the {'validation loss decides' if recipe.schedule.validates else 'scores decide'}{most}"
+    elif sparsity is not None and recipe.allocation.joint:
         why = f"allocation {recipe.allocation.name}: one ranking of all tensors"
+    elif sparsity is not None and recipe.allocation.asked:
+        why = f"allocation {recipe.allocation.name}: it looks at {' and '.join(dict.fromkeys(recipe.allocation.asked.values()))}"
     elif sparsity is not None:
         layers = [one.layer for one in ranked]
         counts, raised = guard(recipe.allocation.keep(sparsity, layers, sparsity), layers)
@@ -144,10 +151,43 @@ def plan(
         for step in range(recipe.schedule.last(clock) + 1):
             due = recipe.schedule.at(step, sparsity or 0.0, clock)
             if due is not None:
-                updates[step] = None if sparsity is None else due
+                updates[step] = None if sparsity is None or recipe.schedule.decides else due
     rows = []
     for one, count in zip(ranked, keep, strict=True):
         shape = tuple(one.makers[0].bound.parameter.shape)
         shared = "" if one.parts == one.makers else f"; in {len(bounds_of([one]))} tensors"
         rows.append(PlannedTensor(one.name, shape, one.pieces, count, why + shared))
     return Plan(tuple(rows), tuple(left_out), updates, sparsity, tuple(notes))
+
+
+def statistics_bytes(
+    model: nn.Module,
+    recipe: Recipe | Prune,
+    *,
+    groups: Sequence[Group] | None = None,
+    example: Example | None = None,
+    memory: int | None = None,
+) -> int:
+    """Return the bytes that a recipe's statistics of a model take; nothing is collected for that.
+
+    Args:
+        model: is not changed.
+        recipe: to be carried out on it.
+        groups: as for :func:`plan`.
+        example: as for :func:`plan`.
+        memory: most bytes that they may take; None for no limit.
+
+    Raises:
+        InputError: they take more than ``memory``; it says what would fit.
+
+    >>> everything = {"weights": {"include": ["*"]}}
+    >>> recipe = Recipe(sparsity=0.5, saliency={"woodfisher": {"gradients": 10}}, target=everything)
+    >>> statistics_bytes(nn.Linear(4, 1, bias=False), recipe)  # 10 gradients of 4 weights in float32
+    160
+    """
+    if not any(requests_of(component) for component in asking(recipe)):
+        return 0
+    if isinstance(recipe.granularity, Grouped) and groups is None:
+        groups, _ = find_groups_with(model, recipe.granularity, example, None)
+    ranked, _ = rank_targets(model, recipe, groups)
+    return bytes_of(statistics_of(recipe, ranked), memory)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from niwaki import catalogue
 from niwaki.binding import Bound
 from niwaki.calibration import Arguments, first_pair, mean_loss
+from niwaki.choosing import sum_counts
 from niwaki.collecting import requests_of
 from niwaki.counter import key
 from niwaki.dependency import Example, Group
@@ -32,7 +33,6 @@ from niwaki.sparsifier import Sparsifier
 from niwaki.structured import permute as reorder
 from niwaki.structured.eigendamage import eigendamage
 from niwaki.target import select_targets
-from niwaki.update import sum_counts
 
 
 @dataclass(frozen=True)
@@ -385,6 +385,7 @@ def pruned(
     loss: Callable[[Any, Any], Tensor] | None = None,
     groups: Sequence[Group] | None = None,
     example: Example | None = None,
+    memory: int | None = None,
 ) -> Sparsifier:
     """Prune a fraction of the active pieces of the targets, in place; ``masks`` of what is returned are those of all tensors then.
 
@@ -401,9 +402,10 @@ def pruned(
         loss: ``loss(outputs, targets)``, for scores that need gradients.
         groups: the model's dependency groups, for granularities of their units; None: they are found.
         example: arguments of a forward pass to find them with; by default the inputs of the first batch of ``data``.
+        memory: most bytes that statistics may take; None for no limit.
 
     Raises:
-        InputError: the scores need data or a loss that were not given, or the recipe does not fit the model.
+        InputError: the scores need data or a loss that were not given, or the recipe does not fit the model or the memory.
 
     >>> import torch
     >>> model = nn.Linear(4, 1, bias=False)
@@ -428,4 +430,5 @@ def pruned(
     sparsity = sparsity_after(prune.fraction, sum(active), sum(one.pieces for one in ranked))
     slots = {field: getattr(prune, field) for field in Prune.model_fields if field != "fraction"}
     recipe = Recipe(sparsity=sparsity, **slots)
-    return Sparsifier(model, recipe, masks=masks, seed=key(seed, step, "prune"), data=data, loss=loss, groups=groups).finalize()
+    seed = key(seed, step, "prune")
+    return Sparsifier(model, recipe, masks=masks, seed=seed, data=data, loss=loss, groups=groups, memory=memory).finalize()

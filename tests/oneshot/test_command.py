@@ -7,7 +7,7 @@ import json
 import pytest
 
 from niwaki.cli import main
-from niwaki.cli.prune import Memory
+from niwaki.cli.options import Memory
 from niwaki.oneshot.folder import read_masks
 
 
@@ -77,8 +77,8 @@ def test_what_is_missing_is_told(given, tmp_path, capsys):
     assert "--model: missing; with --text it is the folder of the model" in capsys.readouterr().err
     assert main(["prune", "wanda", "--task", "digits"]) == 2
     assert "Missing option '--from'" in capsys.readouterr().err
-    assert main(["prune", "wanda", "--task", "digits", "--from", "x", "--memory", "1GiB"]) == 2
-    assert "--memory: is for a folder of a pretrained model" in capsys.readouterr().err
+    assert main(["prune", "wanda", "--task", "digits", "--from", "x", "--examples", "3"]) == 2
+    assert "--examples: is for a folder of a pretrained model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

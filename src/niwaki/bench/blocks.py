@@ -20,8 +20,8 @@ from niwaki.bench.oneshot import resident
 from niwaki.bench.results import Results
 from niwaki.counter import key, uniform
 from niwaki.errors import InputError, NiwakiError
+from niwaki.huggingface import complaining, quiet, transformers_for
 from niwaki.metrics.units import NOTHING, show
-from niwaki.oneshot.library import complaining, quiet, transformers_for
 from niwaki.oneshot.windows import batched, windows
 from niwaki.pruning import prune
 from niwaki.recipe import Recipe
@@ -164,10 +164,10 @@ def embeddings(folder: Path | None, source: Path, examples: int = EXAMPLES) -> P
     Raises:
         InputError: a file or ``transformers`` is missing.
     """
-    files = [required(folder, f"sst2/{name}.tsv", task="minilm", contents="sentences") for name in ("train", "dev")]
+    files = [required(folder, f"sst2/{name}.tsv", task="embeddings", contents="sentences") for name in ("train", "dev")]
     learned, tested = ([sentence for sentence, _, _ in read_tsv(path)] for path in files)
-    transformers = transformers_for("minilm")
-    with quiet(transformers), complaining(f"--minilm: {source}", "it cannot be loaded"):
+    transformers = transformers_for(f"--embeddings: {source}")
+    with quiet(transformers), complaining(f"--embeddings: {source}", "it cannot be loaded"):
         loaded = {"local_files_only": True, "trust_remote_code": False}
         model = transformers.AutoModel.from_pretrained(source, **loaded).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **loaded)

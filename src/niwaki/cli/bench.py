@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from niwaki.cli.options import Group, json_option, print_json
+from niwaki.cli.options import (
+    PATH,
+    SHARE,
+    Group,
+    data_option,
+    draws_option,
+    json_option,
+    print_json,
+    require_known,
+    results_option,
+    show_option,
+)
+from niwaki.cli.phenomena import phenomena
+from niwaki.cli.progress import progress_bar
 from niwaki.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group, no_args_is_help=False, epilog="Example: niwaki bench upkeep")
 def bench() -> None:
-    """Measure on this machine: mask upkeep, selection; how many architectures removal works on; criteria for filters and weights."""
+    """Measure on this machine: mask upkeep, selection; how many architectures removal works on; criteria for filters and weights; phenomena."""
 
 
 @bench.command(epilog="\b\nExamples:\n  niwaki bench upkeep\n  niwaki bench upkeep --network resnet20 --rounds 50")
@@ -38,7 +50,7 @@ def upkeep(networks: tuple[str, ...], sparsity: float, rounds: int, as_json: boo
     for name in networks:
         if name not in measurement.WORKLOADS:
             raise InputError(f"--network: there is no network {name!r}; {did_you_mean(name, measurement.WORKLOADS)}")
-    with _progress("measuring") as progress:
+    with progress_bar("measuring") as progress:
         rows = measurement.run(networks or tuple(measurement.WORKLOADS), sparsity=sparsity, rounds=rounds, progress=progress)
     described = dict.fromkeys(f"{row['network']}: {row['description']}, {row['threads']} threads" for row in rows)
     _show("mask upkeep", f"at sparsity {sparsity:g}", rows, measurement.table(rows), (*described, *measurement.DEFINITIONS), as_json)
@@ -56,7 +68,7 @@ def select(scores: tuple[int, ...], sparsity: float, rounds: int, as_json: bool)
     """
     from niwaki.bench import select as measurement
 
-    with _progress("measuring") as progress:
+    with progress_bar("measuring") as progress:
         rows = measurement.run(scores or measurement.SIZES, rounds, sparsity=sparsity, progress=progress)
     about = f"the best {1 - sparsity:.0%} of the scores, {rows[0]['threads']} threads, {rounds} rounds"
     _show("selection", about, rows, measurement.table(rows), measurement.DEFINITIONS, as_json)
@@ -70,7 +82,7 @@ def select(scores: tuple[int, ...], sparsity: float, rounds: int, as_json: bool)
     "--sparsity",
     "sparsities",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE,
     metavar="S",
     help="Share of the units that go; by default 0.25 and 0.5.",
 )
@@ -88,7 +100,7 @@ def coverage(names: tuple[str, ...], sparsities: tuple[float, ...], export: bool
     for name in names:
         if name not in known:
             raise InputError(f"--architecture: there is no architecture {name!r}; {did_you_mean(name, known)}")
-    with _progress("trying") as progress:
+    with progress_bar("trying") as progress:
         rows = measurement.run(names or None, sparsities=sparsities or measurement.SPARSITIES, export=export, progress=progress)
     about = f"{len({row['architecture'] for row in rows})} architectures, random units of every group of channels and heads"
     _show("coverage", about, rows, measurement.table(rows), (*measurement.summary(rows), *measurement.DEFINITIONS), as_json)
@@ -98,14 +110,8 @@ def coverage(names: tuple[str, ...], sparsities: tuple[float, ...], export: bool
     epilog="\b\nExamples:\n  niwaki bench structured --data DATA --out structured.json\n"
     "  niwaki bench structured --data DATA --out structured.json --model resnet20 --criterion fpgm --criterion taylor"
 )
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    envvar="NIWAKI_DATA",
-    metavar="DIR",
-    help="With CIFAR-10 and models/cifar10_MODEL.safetensors; by default what the variable NIWAKI_DATA says.",
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON; what it already holds is not repeated.")
+@data_option("With CIFAR-10 and models/cifar10_MODEL.safetensors")
+@results_option
 @click.option("--model", "networks", multiple=True, metavar="NAME", help="resnet20 or resnet56; by default both.")
 @click.option("--criterion", "criteria", multiple=True, metavar="NAME", help="Such as filter_l1, fpgm or taylor; by default all six.")
 @click.option("--allocation", "allocations", multiple=True, metavar="NAME", help="uniform or search; by default uniform.")
@@ -119,7 +125,7 @@ def coverage(names: tuple[str, ...], sparsities: tuple[float, ...], export: bool
     help="Budget, as a share.",
 )
 @click.option("--epochs", type=click.IntRange(min=0), default=3, show_default=True, metavar="N", help="Of fine-tuning.")
-@click.option("--show", is_flag=True, help="Measure nothing: show what --out holds.")
+@show_option
 @click.option("--latencies", is_flag=True, help="Train nothing: measure the latencies of what --out holds anew.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="K", help="Of everything random.")
 @json_option
@@ -144,16 +150,16 @@ def structured(
     from niwaki.bench import structured as measurement
 
     installed = [measurement.NIWAKI, *([measurement.PEER] if measurement.has_peer() else [])]
-    _require_known(
-        ("model", networks, measurement.NETWORKS),
-        ("criterion", criteria, measurement.CRITERIA),
-        ("allocation", allocations, measurement.ALLOCATIONS),
-        ("by", makers, installed),
+    require_known(
+        ("--model", networks, measurement.NETWORKS),
+        ("--criterion", criteria, measurement.CRITERIA),
+        ("--allocation", allocations, measurement.ALLOCATIONS),
+        ("--by", makers, installed),
     )
     chosen = measurement.cases(
         networks or measurement.NETWORKS, criteria or tuple(measurement.CRITERIA), allocations or ("uniform",), makers or installed
     )
-    with _progress("measuring") as progress:
+    with progress_bar("measuring") as progress:
         rows = (
             measurement.stored(out)
             if show
@@ -173,34 +179,28 @@ def structured(
     epilog="\b\nExamples:\n  niwaki bench oneshot --data DATA --out oneshot.json\n"
     "  niwaki bench oneshot --data DATA --out oneshot.json --network lenet_300_100 --method snip --method woodfisher --plot cut.svg"
 )
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    envvar="NIWAKI_DATA",
-    metavar="DIR",
-    help="With CIFAR-10, models/cifar10_resnet20.safetensors and Fashion-MNIST; by default what the variable NIWAKI_DATA says.",
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON; what it already holds is not repeated.")
+@data_option("With CIFAR-10, models/cifar10_resnet20.safetensors and Fashion-MNIST")
+@results_option
 @click.option("--network", "networks", multiple=True, metavar="NAME", help="lenet_300_100 or resnet20; by default both.")
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="Such as magnitude, snip or woodfisher; by default all.")
 @click.option(
     "--sparsity",
     "sparsities",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE,
     metavar="S",
     help="By default 0.5, 0.7, 0.8, 0.9, 0.95 and 0.98.",
 )
 @click.option(
     "--recover",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE,
     metavar="S",
     help="Sparsities after which an epoch of training follows, with the first seed; by default 0.8, 0.9 and 0.95.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Draws of calibration data.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the accuracies right after the cut (SVG or PNG).")
-@click.option("--show", is_flag=True, help="Measure nothing: show what --out holds.")
+@draws_option(3)
+@click.option("--plot", type=PATH, metavar="FILE", help="Draw the accuracies right after the cut (SVG or PNG).")
+@show_option
 @json_option
 def oneshot(
     data: Path | None,
@@ -222,11 +222,11 @@ def oneshot(
     from niwaki.bench.plot import draw
     from niwaki.bench.results import stored
 
-    _require_known(("network", networks, measurement.NETWORKS), ("method", methods, measurement.METHODS))
+    require_known(("--network", networks, measurement.NETWORKS), ("--method", methods, measurement.METHODS))
     chosen = measurement.cases(
         networks or tuple(measurement.NETWORKS), methods or tuple(measurement.METHODS), sparsities or measurement.SPARSITIES, seeds
     )
-    with _progress("measuring") as progress:
+    with progress_bar("measuring") as progress:
         recovered = recover or measurement.RECOVERED
         rows = stored(out)["rows"] if show else measurement.run(chosen, data, out, recover=recovered, progress=progress)
     if plot is not None:
@@ -240,19 +240,13 @@ def oneshot(
     epilog="\b\nExamples:\n  niwaki bench blocks --data DATA --out blocks.json\n"
     "  niwaki bench blocks --data DATA --embeddings MINILM --out blocks.json --method wanda --method sparsegpt"
 )
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    envvar="NIWAKI_DATA",
-    metavar="DIR",
-    help="With stories260K, its text and SST-2; by default what the variable NIWAKI_DATA says.",
-)
-@click.option("--embeddings", type=click.Path(path_type=Path), metavar="DIR", help="Folder of a sentence-embedding BERT, such as MiniLM.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="JSON; what it already holds is not repeated.")
+@data_option("With stories260K, its text and SST-2")
+@click.option("--embeddings", type=PATH, metavar="DIR", help="Folder of a sentence-embedding BERT, such as MiniLM.")
+@results_option
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="magnitude, wanda, sparsegpt or obc; by default all.")
 @click.option("--pattern", "patterns", multiple=True, metavar="P", help="A sparsity or N:M; by default 0.5 and 2:4.")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Draws of calibration data.")
-@click.option("--show", is_flag=True, help="Measure nothing: show what --out holds.")
+@draws_option(1)
+@show_option
 @json_option
 def blocks(
     data: Path | None,
@@ -270,11 +264,11 @@ def blocks(
     from niwaki.bench import blocks as measurement
     from niwaki.bench.results import stored
 
-    _require_known(("method", methods, measurement.METHODS))
+    require_known(("--method", methods, measurement.METHODS))
     networks = {"stories260k": partial(measurement.stories, data)}
     if embeddings is not None:
         networks["embeddings"] = partial(measurement.embeddings, data, embeddings)
-    with _progress("measuring") as progress:
+    with progress_bar("measuring") as progress:
         rows = (
             stored(out)["rows"]
             if show
@@ -291,12 +285,7 @@ def blocks(
     _show("block by block", about, rows, measurement.table(rows), measurement.DEFINITIONS, as_json)
 
 
-def _require_known(*given: tuple[str, tuple[str, ...], Iterable[str]]) -> None:
-    """Refuse names that an option does not have."""
-    for option, names, known in given:
-        for name in names:
-            if name not in known:
-                raise InputError(f"--{option}: there is no {name!r}; {did_you_mean(name, known)}")
+bench.add_command(phenomena)
 
 
 def _show(title: str, about: str, rows: list[dict[str, Any]], table: Table, notes: Iterable[str], as_json: bool) -> None:
@@ -306,18 +295,3 @@ def _show(title: str, about: str, rows: list[dict[str, Any]], table: Table, note
     from niwaki.cli.tables import print_rows
 
     print_rows(title, about, table, notes)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar on standard error, where it is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(console=console, transient=True) as bars:
-        row = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(row, completed=done, total=total)

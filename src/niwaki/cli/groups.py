@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from niwaki.cli.options import json_option, print_json
-from niwaki.errors import InputError
+from niwaki.cli import training
+from niwaki.cli.options import data_option, json_option, model_option, print_json, task_option
 
 
 @click.command(
@@ -15,30 +15,21 @@ from niwaki.errors import InputError
     epilog="\b\nExamples:\n  niwaki groups --task digits --model convnet\n"
     "  niwaki groups --task cifar10 --data DATA --model resnet20 --layers",
 )
-@click.option("--task", "task_name", metavar="TASK", help="A built-in task, or your own FILE.py:OBJECT.  [required]")
-@click.option("--model", metavar="MODEL", help="Which of the task's networks, by default its first; or timm:NAME, hf:FOLDER.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    envvar="NIWAKI_DATA",
-    metavar="DIR",
-    help="Where the task's files are; by default what the variable NIWAKI_DATA says.",
-)
+@task_option
+@model_option
+@data_option("Where the task's files are")
 @click.option("--layers", is_flag=True, help="Look for whole residual blocks too; runs the model a few times more.")
 @json_option
-def groups(task_name: str | None, model: str | None, data: Path | None, layers: bool, as_json: bool) -> None:
+def groups(layers: bool, as_json: bool, **options: Any) -> None:
     """List the dependency groups of a model: channels, neurons, heads, with the tensors that lose entries together when one is removed.
 
     Groups of which nothing can be removed say why.
     """
     from niwaki.dependency import find_groups
-    from niwaki.tasks import TASKS, find
 
-    if task_name is None:
-        raise InputError(f"--task: missing; choices: {', '.join(TASKS)}, or your own: path/to/file.py:object")
-    task = find(task_name, model)
-    name, _ = task.model(model)
-    examples = task.data(data)
+    task = training.task(options)
+    name, _ = task.model(options["model"])
+    examples = task.data(options["data"])
     found = find_groups(task.build(name, examples, 0), tuple(task.example(examples)), layers=layers)
     if as_json:
         print_json({"model": name, "groups": [group.to_data() for group in found], "notes": found.notes})

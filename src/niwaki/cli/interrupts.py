@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one asks the training to stop after its step and to save; the second one stops at once."""
+"""Ctrl-C and SIGTERM. In a training the first one asks to stop after its step and to save, and the second one stops at once."""
 
 from __future__ import annotations
 
@@ -29,3 +29,20 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Clean up on SIGTERM as on Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can take signals
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

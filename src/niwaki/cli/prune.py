@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from niwaki.cli import training
-from niwaki.cli.options import json_option, print_json
+from niwaki.cli.interrupts import terminated_as_interrupted
+from niwaki.cli.options import PATH, json_option, print_json
+from niwaki.cli.progress import progress_bar
 from niwaki.errors import InputError
 
 if TYPE_CHECKING:
     from niwaki.oneshot.blockwise import Blockwise
     from niwaki.recipe import Recipe
-
-UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-"""Letter of a unit of memory -> which power of 1000 or, with an i, 1024."""
 
 OF_TASKS = {"task": "--task", "start": "--from", "epochs": "--epochs", "settings": "--set"}
 """Options for which a folder has no use."""
@@ -30,7 +24,6 @@ OF_FOLDERS = {
     "granularity": "--granularity",
     "allocation": "--allocation",
     "blocks": "--blocks",
-    "memory": "--memory",
     "examples": "--examples",
     "length": "--length",
     "together": "--together",
@@ -39,34 +32,18 @@ OF_FOLDERS = {
 """Options for which a task has no use."""
 
 
-class Memory(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Bytes, such as 2GiB, 500MB or 1000000."""
-
-    name = "memory"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return a number of bytes."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B?)?\s*", value, re.IGNORECASE)
-        if found is None or (found[3] and not found[2]):
-            self.fail(f"{value!r} is no amount of memory, such as 2GiB or 500MB", param, ctx)
-        return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[(found[2] or "").upper()])
-
-
 @click.command(
     short_help="Prune a trained model, with or without fine-tuning.",
     epilog="\b\nExamples:\n"
     "  niwaki prune magnitude --task cifar10 --data DATA --from resnet20.safetensors --sparsity 0.5\n"
     "  niwaki prune gmp --task digits --from runs/dense.safetensors --sparsity 0.9 --epochs 5 --rounds 3\n"
+    "  niwaki prune woodfisher --task digits --from runs/dense.safetensors --sparsity 0.9 --memory 200MB\n"
     "  niwaki prune sparsegpt --model FOLDER --text corpus.txt --out pruned --granularity 2:4 --memory 4GiB",
 )
 @training.method_argument
 @training.options
 @click.option("--epochs", type=click.IntRange(min=0), metavar="N", help="Length of the fine-tuning; by default there is none.")
-@click.option(
-    "--from", "start", type=click.Path(path_type=Path), metavar="FILE", help="The trained model of the task, a .safetensors file."
-)
+@click.option("--from", "start", type=PATH, metavar="FILE", help="The trained model of the task, a .safetensors file.")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
@@ -77,16 +54,13 @@ class Memory(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 )
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Prune the Hugging Face model in the folder --model, block by block on windows of this text, into the new folder --out.",
 )
 @click.option("--granularity", metavar="G", help="Of a folder: in what pieces, such as 2:4; by default the method's own.")
 @click.option("--allocation", metavar="A", help="Of a folder: how much from which layer, such as uniform; by default the method's own.")
 @click.option("--blocks", metavar="PATH", help="Of a folder: the module whose children are the blocks; by default they are found.")
-@click.option(
-    "--memory", type=Memory(), metavar="BYTES", help="Of a folder: for activations and statistics, such as 2GiB; the rest goes to disk."
-)
 @click.option("--examples", type=click.IntRange(min=1), metavar="N", help="Of a folder: how many windows of the text; by default 128.")
 @click.option("--length", type=click.IntRange(min=1), metavar="N", help="Of a folder: tokens of a window; by default 512, if it can.")
 @click.option("--together", is_flag=True, help="Of a folder: rank the weights of all blocks together, by statistics of the dense model.")
@@ -100,6 +74,7 @@ def prune(method: str, rounds: int, text: Path | None, as_json: bool, **options:
 
     With --text, a pretrained model in a local folder of Hugging Face transformers is pruned instead, one block after the other, each on
     what the pruned blocks before it make of the text. The new folder loads like the old one, and has the masks beside the weights.
+    There --memory is for caught activations too: those for which there is no room go to disk.
     """
     if text is not None:
         _folder(method, rounds, text, as_json, options)
@@ -157,7 +132,7 @@ def _folder(method: str, rounds: int, text: Path, as_json: bool, options: dict[s
         if options[name] is None:
             raise InputError(f"--{name}: missing; with --text it is {'the folder of the model' if name == 'model' else 'a new folder'}")
     recipe = _recipe(method, options)
-    with _terminated_as_interrupted(), _progress() as progress:
+    with terminated_as_interrupted(), progress_bar("pruning blocks") as progress:
         done = prune_folder(
             options["model"],
             options["out"],
@@ -215,35 +190,3 @@ def _show(done: Blockwise, recipe: Recipe, options: dict[str, Any], as_json: boo
     blocks = [] if done.blocks is None else str(done.blocks).splitlines()
     notes = [*blocks, *done.notes, "error: ‖y' - y‖ / ‖y‖ of the layer's outputs on the text, with the new and the old weights"]
     print_rows(str(options["out"]), f"sparsity {done.masks.sparsity:.4f} of {done.masks.total:,} weights", table, notes)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Show a bar on standard error, where it is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(console=console, transient=True) as bars:
-        row = bars.add_task("pruning blocks", total=None)
-        yield lambda done, total: bars.update(row, completed=done, total=total)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Clean up on SIGTERM as on Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can take signals
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

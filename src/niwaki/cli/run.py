@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from niwaki.cli import training
-from niwaki.cli.options import json_option, print_json
+from niwaki.cli.options import PATH, json_option, print_json
 from niwaki.errors import InputError
+
+if TYPE_CHECKING:
+    from niwaki.training.jobs import Job
 
 
 @click.command(
@@ -30,9 +33,7 @@ from niwaki.errors import InputError
     help="Where dense baselines are kept; by default .baselines beside --out.",
 )
 @click.option("--cut", is_flag=True, help="For methods whose strength decides: a final exact cut to --sparsity by their learned score.")
-@click.option(
-    "--from", "start", type=click.Path(path_type=Path), metavar="FILE", help="Start both trainings from the weights in a .safetensors file."
-)
+@click.option("--from", "start", type=PATH, metavar="FILE", help="Start both trainings from the weights in a .safetensors file.")
 @click.option(
     "--seeds", type=click.IntRange(min=1), metavar="N", help="Run N times, with seeds --seed, --seed + 1, ...: folders OUT/seed-K."
 )
@@ -56,7 +57,7 @@ def run(method: str, cut: bool, seeds: int | None, shrink: bool, dry_run: bool, 
     task = training.task(options)
     asked = [training.job(task, recipe, method, {**options, "seed": options["seed"] + i}) for i in range(seeds or 1)]
     if dry_run:
-        show_plan(asked[0], method, as_json)
+        show_plan(asked[0], method, options["memory"], as_json)
         return
     if options["out"] is not None and seeds is not None:
         from niwaki.training.record import FILE
@@ -69,7 +70,7 @@ def run(method: str, cut: bool, seeds: int | None, shrink: bool, dry_run: bool, 
     training.carry_out(list(zip(asked, folders, strict=True)), {**options, "seeds": seeds}, as_json)
 
 
-def show_plan(job: Any, method: str, as_json: bool) -> None:
+def show_plan(job: Job, method: str, memory: int | None, as_json: bool) -> None:
     """Print what a run would do."""
     from niwaki.recipe.stages import unroll
 
@@ -77,10 +78,13 @@ def show_plan(job: Any, method: str, as_json: bool) -> None:
     stages = [(leaf, plans.get(leaf.number)) for leaf in unroll(job.recipe)]
     if not any(plan is not None or leaf.prune is not None for leaf, plan in stages):
         raise InputError(f"{method}: no stage of this recipe masks anything")
+    needed = job.statistics_bytes(memory)
     if as_json:
         said = [{"stage": leaf.number, "says": leaf.says, **({} if plan is None else plan.to_data())} for leaf, plan in stages]
-        print_json({"choices": job.choices.model_dump(mode="json"), "steps_per_epoch": job.steps_per_epoch, "stages": said})
+        choices = job.choices.model_dump(mode="json")
+        print_json({"choices": choices, "steps_per_epoch": job.steps_per_epoch, "statistics_bytes": needed, "stages": said})
         return
+    training.say_statistics(needed)
     from niwaki.cli.tables import print_plan
 
     print_plan(job, [(leaf, plan) for leaf, plan in stages if plan is not None])

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import click
 
-from niwaki.cli.options import json_option, print_json
+from niwaki.cli.options import PATH, checkpoint_option, json_option, print_json
 from niwaki.cli.training import write_report
 from niwaki.errors import InputError, NiwakiError
 
@@ -37,30 +37,24 @@ An example of FILE:
     epilog=EXAMPLE
     + "\n\b\nExamples:\n  niwaki sweep sweep.yaml --out runs/sweep --dry-run\n  niwaki sweep sweep.yaml --out runs/sweep --jobs 4",
 )
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the runs' folders, sweep.json and report.html go.")
+@click.argument("file", type=PATH)
+@click.option("--out", type=PATH, metavar="DIR", help="Where the runs' folders, sweep.json and report.html go.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     metavar="N",
     help="Runs at the same time; by default the number of cores / threads that a run uses, at least 1.",
 )
-@click.option(
-    "--checkpoint-every",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time between checkpoints of a run.",
-)
+@checkpoint_option
 @click.option("--dry-run", is_flag=True, help="Show the runs and which of them are done; train and write nothing.")
 @json_option
 def sweep(file: Path, out: Path | None, jobs: int | None, checkpoint_every: float, dry_run: bool, as_json: bool) -> None:
     """Carry out the runs that FILE describes, several at a time, and compare them.
 
     FILE is YAML. Its fields are options of `niwaki run`: task, method, model, sparsity, cut, seed, epochs, data, from; and training:
-    with settings as --set has them. A list is an axis, any other value is fixed, and the runs are the product. Paths are relative
-    to the current folder. All runs are checked before the first one begins.
+    with settings as --set has them. A list is an axis, any other value is fixed, and the runs are the product. A field runs: is a list
+    of such products, each with what differs from the fields around it. Paths are relative to the current folder. All runs are checked
+    before the first one begins.
 
     A sweep that was interrupted, in whatever way, goes on when the same command is given again; finished runs are not repeated, and
     failed ones are tried again. A run without a setting `threads` gets cores / N threads, and its numbers may depend on that in their

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import click
 
-from niwaki.cli.options import definitions_option, print_json
+from niwaki.cli.options import PATH, Memory, checkpoint_option, data_option, definitions_option, model_option, print_json, task_option
 from niwaki.errors import InputError, NiwakiError
 
 if TYPE_CHECKING:
@@ -36,19 +36,9 @@ def _seed(context: click.Context, parameter: click.Parameter, value: int) -> int
 
 
 _OPTIONS = (
-    click.option(
-        "--task",
-        metavar="TASK",
-        help="What to train: digits, mnist, fashion_mnist, cifar10, characters, sst2, sentences, or your own FILE.py:OBJECT.  [required]",
-    ),
-    click.option("--model", metavar="MODEL", help="Which of the task's networks, by default its first; or timm:NAME, hf:FOLDER."),
-    click.option(
-        "--data",
-        type=click.Path(path_type=Path),
-        envvar="NIWAKI_DATA",
-        metavar="DIR",
-        help="Where the task's files are; by default what the variable NIWAKI_DATA says.",
-    ),
+    task_option,
+    model_option,
+    data_option("Where the task's files are"),
     click.option(
         "--sparsity",
         type=float,
@@ -73,18 +63,17 @@ _OPTIONS = (
     ),
     click.option(
         "--out",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="DIR",
         help="For run.json, model.safetensors and report.html; by default a folder in runs/ named by what determines the run.",
     ),
     click.option(
-        "--checkpoint-every",
-        type=click.FloatRange(min=0),
-        default=30.0,
-        show_default=True,
-        metavar="SECONDS",
-        help="Time between checkpoints.",
+        "--memory",
+        type=Memory(),
+        metavar="BYTES",
+        help="Most that METHOD's statistics may take, such as 2GiB; what needs more is refused, and told what would fit.",
     ),
+    checkpoint_option,
     definitions_option,
 )
 
@@ -186,7 +175,7 @@ def carry_out(jobs: Sequence[tuple[Job, Path]], given: Mapping[str, Any], as_jso
             again = finished_before(out, job.choices) is not None
             try:
                 with _progress(job, shown=not again and processes.rank() == 0, several=len(jobs) > 1) as progress:
-                    sitting = Sitting(every=given["checkpoint_every"], stop=stop, progress=progress)
+                    sitting = Sitting(given["checkpoint_every"], stop, progress, given["memory"], say_statistics)
                     record = run(job, out, baselines=given.get("baselines"), sitting=sitting)
             except Interrupted as error:
                 if processes.rank() > 0:  # the first process says it
@@ -209,6 +198,14 @@ def carry_out(jobs: Sequence[tuple[Job, Path]], given: Mapping[str, Any], as_jso
         else:
             out, record, again = done[0]
             print_run(record, out, again, given["definitions"])
+
+
+def say_statistics(needed: int) -> None:
+    """Say on standard error what statistics will take, if there are any."""
+    from niwaki.metrics.units import show
+
+    if needed:
+        click.echo(f"statistics take {show(needed, 'bytes')} at most", err=True)
 
 
 def write_report(record: Record, folder: Path, fresh: bool) -> None:
@@ -261,7 +258,7 @@ def _progress(job: Job, shown: bool, several: bool) -> Iterator[Progress | None]
             named = f"seed {job.seed} {phase}" if several else phase
             rows[phase] = bars.add_task(named, total=total, completed=step, note="")  # a training that goes on begins where it was
             bars.start()
-        bars.update(rows[phase], completed=step)
+        bars.update(rows[phase], completed=step, total=total)  # a stage may end early
         if epoch is not None:
             value = epoch.metrics[headline]
             shown = f"{100 * value:.2f} %" if metric.percent else f"{value:.4f}"

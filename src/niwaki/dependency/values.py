@@ -81,11 +81,6 @@ class Call:
     tags: frozenset[str] = frozenset()
     scaled: bool = False
 
-    @property
-    def args(self) -> list[Any]:
-        """The arguments in order."""
-        return list(self.named.values())
-
     def values(self) -> list[Value]:
         """Return the tensors among the arguments, those in lists too."""
         found: list[Value] = []

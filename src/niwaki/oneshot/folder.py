@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from niwaki.errors import InputError
 from niwaki.formats import files
+from niwaki.huggingface import complaining, quiet, transformers_for
 from niwaki.masks import Masks
 from niwaki.oneshot.blockwise import Blockwise, Data, prune_blocks
-from niwaki.oneshot.library import complaining, quiet, transformers_for
 from niwaki.oneshot.scratch import Settled, appearing
 from niwaki.oneshot.windows import batched, windows
 from niwaki.recipe import Recipe

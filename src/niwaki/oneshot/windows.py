@@ -11,7 +11,7 @@ from torch import Tensor
 from niwaki import counter
 from niwaki.calibration import Arguments
 from niwaki.errors import InputError
-from niwaki.oneshot.library import complaining, quiet, transformers_for
+from niwaki.huggingface import complaining, quiet, transformers_for
 
 LENGTH = 512
 """Tokens of a window, where the model takes as many."""

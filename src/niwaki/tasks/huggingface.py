@@ -15,8 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from niwaki.errors import InputError
+from niwaki.huggingface import complaining, quiet, transformers_for
 from niwaki.structured import pretrained
 from niwaki.tasks.protocol import Data, Examples, Model, Task, Training
 from niwaki.tasks.tokens import TextTask
@@ -78,8 +78,8 @@ def save(model: nn.Module, folder: Path, example: tuple[Any, ...], name: str) ->
     Raises:
         InputError: no configuration says its sizes; nothing is written.
     """
-    transformers, (kind, _, path) = _transformers(name), name.partition(":")
-    with _quiet(transformers):
+    transformers, (kind, _, path) = transformers_for(f"--model {name}"), name.partition(":")
+    with quiet(transformers):
         pretrained.save(model, folder, example)
         if kind == "hf" and _has_tokenizer(source := Path(path)):
             transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False).save_pretrained(folder)
@@ -118,8 +118,8 @@ class _Source:
         whole = path.is_dir()
         if not (path / "config.json" if whole else path).is_file():
             raise InputError(f"--model {name}: expected a local folder with a config.json, or such a file; nothing is downloaded")
-        transformers = _transformers(name)
-        with _quiet(transformers), _complaining(name, "its configuration cannot be read"):
+        transformers = transformers_for(f"--model {name}")
+        with quiet(transformers), complaining(f"--model {name}", "its configuration cannot be read"):
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         language = task.kind == "language_model"
         classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING if language else transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -132,7 +132,7 @@ class _Source:
             raise InputError(f"--model {name}: its weights are a pickle ({pickle}), which is not read; save them as model.safetensors")
         tokenizer = None
         if _has_tokenizer(path):
-            with _quiet(transformers), _complaining(name, "its tokenizer cannot be read"):
+            with quiet(transformers), complaining(f"--model {name}", "its tokenizer cannot be read"):
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         return cls(name, task, path, config, classes[type(config)], None if tokenizer is None else _wrap(tokenizer), weights)
 
@@ -155,11 +155,11 @@ class _Source:
         return replace(data, train=_Attended(data.train, padding), test=_Attended(data.test, padding))
 
     def build(self, data: Data) -> nn.Module:
-        transformers = _transformers(self.name)
+        transformers = transformers_for(f"--model {self.name}")
         language = self.task.kind == "language_model"
         auto = transformers.AutoModelForCausalLM if language else transformers.AutoModelForSequenceClassification
         config = self._config_for(data)
-        with _quiet(transformers), _complaining(self.name, "the model cannot be built"):
+        with quiet(transformers), complaining(f"--model {self.name}", "the model cannot be built"):
             if self.weights:
                 model, found = auto.from_pretrained(
                     self.path,
@@ -174,7 +174,7 @@ class _Source:
                 self._require_weights(model, found)
             else:
                 model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        with _quiet(transformers), _complaining(self.name, "the model does not run on an example"):
+        with quiet(transformers), complaining(f"--model {self.name}", "the model does not run on an example"):
             self._require_blind(model, data)
         trained: nn.Module = model.train()
         return trained
@@ -273,44 +273,3 @@ def _logits(outputs: Any) -> Tensor:
 
 def _of_logits(function: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     return lambda outputs, targets: function(outputs.logits, targets)
-
-
-def _transformers(name: str) -> Any:
-    try:
-        import transformers
-
-        transformers.AutoModel  # noqa: B018 - the library imports its parts, and what those need, when they are first asked for
-    except ImportError as error:
-        raise InputError(f"--model {name}: needs transformers ({_line(error)}); pip install 'niwaki[hf]'") from None
-    return transformers
-
-
-@contextmanager
-def _complaining(name: str, problem: str) -> Iterator[None]:
-    """Turn whatever the library raises about the user's files into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"--model {name}: {problem}: {type(error).__name__}: {_line(error)}") from error
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep the library's reports and progress bars off the screen; what it says only once it does not say later either."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _line(error: BaseException) -> str:
-    """Return what an error says, as one line."""
-    return " ".join(str(error).split())[:300]

@@ -34,11 +34,15 @@ class Sitting:
         stop: asked after each step; when it says so, the state is saved and Interrupted raised.
         progress: called with ``dense`` or ``sparse``, the steps done, the steps of that training, and the epoch that just ended, if
             one did.
+        memory: most bytes that statistics may take; None for no limit.
+        estimated: called with the most bytes that statistics will take, before anything is collected or trained.
     """
 
     every: float = 30.0
     stop: Callable[[], bool] = lambda: False
     progress: Callable[[str, int, int, Epoch | None], None] | None = None
+    memory: int | None = None
+    estimated: Callable[[int], None] = lambda needed: None
 
 
 class Baseline(BaseModel):

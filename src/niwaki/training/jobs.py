@@ -14,22 +14,25 @@ from pydantic import ValidationError
 from torch import nn
 
 from niwaki.component import one_line
-from niwaki.dry_run import Plan, plan
+from niwaki.dry_run import Plan, plan, statistics_bytes
 from niwaki.errors import InputError
 from niwaki.formats import load
-from niwaki.recipe import Recipe
-from niwaki.recipe.stages import Leaf
+from niwaki.recipe import Prune, Recipe
+from niwaki.recipe.stages import Leaf, unroll, validates
 from niwaki.schedule import OneShot
 from niwaki.tasks import Data, Task, Training
 from niwaki.training import processes
 from niwaki.training.baseline import CHECKPOINT_FILE, Sitting, dense, saying_what_is_left, train
 from niwaki.training.environment import environment
 from niwaki.training.folder import finished_before, opened, sha256
-from niwaki.training.loop import steps_per_epoch, targets
+from niwaki.training.loop import hold_out, on, steps_per_epoch, targets
 from niwaki.training.record import Choices, Record, Start, read, write
 from niwaki.training.results import results
 from niwaki.training.trainer import Trainer
 from niwaki.training.trial import check_data, try_out
+
+HELD_OUT = 0.1
+"""Share of the training examples that is held out where a method follows the loss on examples that are not trained on."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,20 @@ class Job:
             if leaf.acts
         ]
 
+    def statistics_bytes(self, memory: int | None = None) -> int:
+        """Return the most bytes that statistics of one stage take; after a ``finish`` that changes the model's size nobody knows yet.
+
+        Raises:
+            InputError: those of a stage take more than ``memory``; it says what would fit.
+        """
+        recipes: list[Recipe | Prune] = []
+        for leaf in unroll(self.recipe):
+            recipes += [leaf.recipe] if leaf.prune is None else [leaf.recipe, leaf.prune]
+            if leaf.finish is not None:
+                break
+        model, example = self.build(), on(processes.local_device(), tuple(self.task.example(self.data)))
+        return max(statistics_bytes(model, recipe, example=example, memory=memory) for recipe in recipes)
+
     def _check_parts(self, model: nn.Module) -> None:
         """Refuse parts of a batch with a single example where batch normalization needs two."""
         if not any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
@@ -97,9 +114,14 @@ class Job:
             raise InputError(f"--from: {self.start} is a sparse model, with masks; give the weights of a dense one")
         return model.to(processes.local_device())
 
-    def trainer(self, model: nn.Module, recipe: Recipe | None = None, teacher: nn.Module | None = None) -> Trainer:
+    def trainer(
+        self, model: nn.Module, recipe: Recipe | None = None, teacher: nn.Module | None = None, memory: int | None = None
+    ) -> Trainer:
         """Return the trainer of a model that :meth:`build` made."""
-        return Trainer(model, self.task, self.data, self.training, self.seed, recipe, teacher)
+        return Trainer(model, self.task, self.data, self.training, self.seed, recipe, teacher, memory, self._build_random)
+
+    def _build_random(self, seed: int) -> nn.Module:
+        return self.task.build(self.model, self.data, seed).to(processes.local_device())
 
 
 def job(
@@ -141,6 +163,8 @@ def job(
         raise InputError("--epochs: a run trains for at least 1 epoch; niwaki prune needs none")
     data = task.data(data_folder)
     check_data(task, data)
+    if data.validation is None and validates(recipe):
+        data = hold_out(data, HELD_OUT, seed)
     _check_examples(task, data, settings)
     if start is not None and not start.is_file():
         raise InputError(f"--from: {start} is no file; give a .safetensors file with the model's trained weights")
@@ -192,6 +216,9 @@ def run(job: Job, folder: Path, *, baselines: Path | None = None, sitting: Sitti
         warnings.filterwarnings("ignore", category=UserWarning, module=r"niwaki\.")  # the sparsifier's sentences: they are in the record
         try_out(job.task, job.data, job.build())
         job.plans()
+        needed = job.statistics_bytes(sitting.memory)
+        if first:
+            sitting.estimated(needed)
         record = Record(identity=choices.identity(), choices=choices, environment=environment())
         with opened(folder, record) if first else nullcontext():
             processes.wait_for_all()
@@ -200,7 +227,7 @@ def run(job: Job, folder: Path, *, baselines: Path | None = None, sitting: Sitti
                 place = (baselines or folder.absolute().parent / ".baselines") / choices.baseline()[:16]
                 model, baseline = dense(job.build, job.trainer, choices.baseline(), place, sitting)
             sparse = job.build()
-            trainer = job.trainer(sparse, job.recipe, teacher=model.eval())
+            trainer = job.trainer(sparse, job.recipe, teacher=model.eval(), memory=sitting.memory)
             trained = train(trainer, record.identity, folder, sitting, "sparse")
             if first:
                 plain = job.task.build(job.model, job.data, job.seed + 1).to(processes.local_device())

@@ -1,4 +1,4 @@
-"""Hugging Face ``transformers``, asked for files of the user: nothing is downloaded, no code of a folder runs, complaints are one line."""
+"""Hugging Face ``transformers``, asked for files of the user: it is quiet, and what it complains of is one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def complaining(where: str, problem: str) -> Iterator[None]:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Keep the library's reports and progress bars off the screen."""
+    """Keep the library's reports and progress bars off the screen; what it says only once it does not say later either."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
