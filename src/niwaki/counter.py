@@ -28,3 +28,12 @@ def uniform(stream: int, start: int, count: int, device: torch.device | str = "c
         x.bitwise_xor_((x >> shift) & ((1 << (64 - shift)) - 1)).mul_(multiplier)
     x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
     return ((x >> 11) & ((1 << 53) - 1)).to(torch.float64).mul_(2.0**-53)
+
+
+def normal(stream: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return float64 standard normal numbers for the flat indices ``start .. start + count - 1`` of a stream.
+
+    The quantile function of the normal distribution at the uniform numbers, moved by half their spacing so that none is 0.
+    """
+    numbers: Tensor = torch.special.ndtri(uniform(stream, start, count, device).add_(2.0**-54))
+    return numbers

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,34 @@ from torch.utils.hooks import RemovableHandle
 from niwaki.binding import Bound
 from niwaki.errors import InputError
 from niwaki.masks import Masks, bits_of, clear_, local
+from niwaki.pieces import Part
 from niwaki.recipe import Recipe
+from niwaki.relaxation import Moment
 
 MASK_KINDS = ("pruned", "blocked", "cut", "ever_active")
+
+
+@dataclass
+class Now:
+    """Where a run is; one object that all tensors of a sparsifier share.
+
+    Attributes:
+        step: optimizer steps taken.
+        progress: share of the run that has passed, in [0, 1]; 0 where its length is not known.
+    """
+
+    step: int = 0
+    progress: float = 0.0
+
+
+class Gates(Protocol):
+    """What a tensor sees of the gates of its pieces (:class:`niwaki.gates.Gates`)."""
+
+    sample: Tensor
+    mode: Tensor
+
+    def scores(self) -> Tensor:
+        """Return the learned score of each piece."""
 
 
 class MaskedTensor:
@@ -28,26 +54,36 @@ class MaskedTensor:
         ever_active: True where the tensor was active at some time; None while that is everywhere.
         latent: the weight that is trained, where the parameter holds a published one.
         own: the relaxation's own trainable parameters.
+        gates: the gates whose pieces the tensor has elements of, its part in each, and whether they multiply its weights.
         dropped: True where the element is left out of the coming step, of a relaxation that samples; None where nothing is.
     """
 
-    def __init__(self, bound: Bound, recipe: Recipe, seed: int) -> None:
+    def __init__(self, bound: Bound, recipe: Recipe, seed: int, now: Now | None = None) -> None:
         self.bound, self.recipe = bound, recipe
+        self._seed, self._now = seed, now or Now()
         self.pruned: Tensor | None = None
         self.blocked: Tensor | None = None
         self.cut: Tensor | None = None
         self.ever_active: Tensor | None = None
         self.latent: Tensor | None = None
         self.own: dict[str, nn.Parameter] = {}
+        self.gates: list[tuple[Gates, Part, bool]] = []
         self.dropped: Tensor | None = None
         self._bits: Tensor | None = None  # of the mask, where gradients and weights are cleared with it at every step
         self._hook: RemovableHandle | None = None
         self._published_gradient: Tensor | None = None
         self._published_version = local(bound.parameter)._version
-        self._pulled: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._pulled: tuple[Tensor, dict[str, Tensor | None]] | None = None
+        self._added: dict[str, Tensor] = {}
+        self._gated_gradient: Tensor | None = None
         if recipe.relaxation.keeps_dense_weights:
-            self.latent = bound.view(bound.parameter).clone(memory_format=torch.contiguous_format)
+            weight = bound.view(bound.parameter).clone(memory_format=torch.contiguous_format)
+            self.latent = recipe.relaxation.initial_latent(weight, bound.here, self.moment)
             initial = recipe.relaxation.parameters(self.latent, bound.layout, bound.name, seed)
+            if bound.group is not None and any(value.numel() > 1 and value.shape != self.latent.shape for value in initial.values()):
+                raise InputError(
+                    f"relaxation: {recipe.relaxation.name!r} learns numbers for the rows of {bound.name}, which is sharded; say per: tensor"
+                )
             self.own = {name: nn.Parameter(value) for name, value in initial.items()}
             if recipe.relaxation.decides:
                 self.publish()
@@ -60,9 +96,46 @@ class MaskedTensor:
         return self.bound.view(self.bound.parameter) if self.latent is None else self.latent
 
     @property
+    def gradient(self) -> Tensor | None:
+        """The gradient of the weight that is trained: of a latent one after :meth:`pull_back`."""
+        if self.latent is not None:
+            return None if self._pulled is None else self._pulled[0]
+        gradient = self.bound.parameter.grad
+        return None if gradient is None else self.bound.view(gradient.to_dense() if gradient.is_sparse else gradient)
+
+    def penalized(self, what: str, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """Return what a penalty of the relaxation is about, differentiable.
+
+        Args:
+            what: ``gate``, ``active`` (how probably), ``divergence`` or ``threshold``.
+            weight: in the place of the latent one.
+            own: in the place of the own parameters.
+
+        Raises:
+            InputError: the relaxation has no such thing.
+        """
+        relaxation = self.recipe.relaxation
+        if what == "threshold":
+            if "threshold" not in own:
+                raise InputError(f"penalty.threshold: relaxation {relaxation.name!r} learns no thresholds; choices: dynamic_threshold")
+            return own["threshold"]
+        hooks = {"gate": relaxation.gates, "active": relaxation.expected_active, "divergence": relaxation.divergence}
+        return hooks[what](weight, own)
+
+    @property
     def score(self) -> Tensor:
-        """The relaxation's learned score."""
+        """The relaxation's learned score of every element; pieces that have gates have scores of their own."""
         return self.recipe.relaxation.score(self.weight, self._own_values())
+
+    @property
+    def republishes(self) -> bool:
+        """Whether every step publishes anew, after all own parameters have moved: a sample, another moment, or gates."""
+        return bool(self.gates) or self.recipe.relaxation.mode_differs
+
+    @property
+    def noisy(self) -> bool:
+        """Whether its noise is added to what its module returns."""
+        return self.latent is not None and self.recipe.relaxation.variance(self.latent, self._own_values()) is not None
 
     def kept(self, pruned: Tensor | None) -> Tensor:
         """Return the complement of a mask of pruned elements."""
@@ -73,6 +146,14 @@ class MaskedTensor:
     def in_parameter_shape(self, mask: Tensor) -> Tensor:
         """Return a mask in the shape of this rank's part of the parameter."""
         return mask.view(local(self.bound.parameter).shape)
+
+    @property
+    def moment(self) -> Moment:
+        """When the relaxation is asked for what a step trains with."""
+        return self._moment(False)
+
+    def _moment(self, evaluating: bool) -> Moment:
+        return Moment(self.bound.name, self._seed, self._now.step, self.bound.start, self._now.progress, evaluating)
 
     def _own_values(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.own.items()}
@@ -117,26 +198,51 @@ class MaskedTensor:
     def pull_back(self) -> None:
         """Pull the gradient of the published weight back to the latent one and to the own parameters."""
         gradient = self.bound.parameter.grad
-        self._pulled = None
+        self.end_step()
         if self.latent is None or gradient is None:
             return
-        for_weight, for_own = self.recipe.relaxation.pull_back(self.latent, self._own_values(), self.bound.view(gradient))
+        published = self.bound.view(gradient.to_dense() if gradient.is_sparse else gradient)
+        acting = [part.expand(gates.sample, 1.0) for gates, part, acts in self.gates if acts]
+        self._gated_gradient = published if acting else None
+        for gate in acting:
+            published = published * gate
+        for_weight, for_own = self.recipe.relaxation.pull_back(self.latent, self._own_values(), published, self._moment(False))
         if self.dropped is not None:
             for_weight = for_weight.masked_fill(self.dropped, 0.0) * self.recipe.relaxation.scale
         for value in for_own.values():
-            if self.bound.group is not None and value.shape != self.latent.shape:
+            if value is not None and self.bound.group is not None and value.shape != self.latent.shape:
                 dist.all_reduce(value, group=self.bound.group)
         self._pulled = for_weight, for_own
 
+    def gate_gradient(self, gates: Gates) -> Tensor | None:
+        """Return for each element the gradient of its gate, after :meth:`pull_back`."""
+        if self.latent is None or self._gated_gradient is None:
+            return None
+        result = self._gated_gradient * self.latent
+        for other, part, acts in self.gates:
+            if acts and other is not gates:
+                result = result * part.expand(other.sample, 1.0)
+        return result
+
     def own_gradient(self, name: str) -> Tensor | None:
-        """Return the gradient of one of the own parameters, after :meth:`pull_back`."""
-        return None if self._pulled is None else self._pulled[1][name].to(self.own[name].dtype)
+        """Return the gradient of one of the own parameters, after :meth:`pull_back`.
+
+        What a forward pass that used the parameter has left in it counts too.
+        """
+        found = [] if self._pulled is None or self._pulled[1].get(name) is None else [self._pulled[1][name]]
+        found += [one for one in (self._added.get(name), self.own[name].grad) if one is not None]
+        return torch.stack([one.to(self.own[name].dtype) for one in found if one is not None]).sum(dim=0) if found else None
 
     def add_gradient(self, pull: Tensor) -> None:
         """Add to the gradient of the latent weight, after :meth:`pull_back`."""
         if self._pulled is not None:
             for_weight, for_own = self._pulled
             self._pulled = for_weight + pull.view(for_weight.shape), for_own
+
+    def add_own_gradient(self, name: str, pull: Tensor) -> None:
+        """Add to the gradient of one of the own parameters, after :meth:`pull_back`."""
+        before = self._added.get(name)
+        self._added[name] = pull if before is None else before + pull
 
     def enter_step(self) -> None:
         """Give the optimizer the latent weight in the parameter's place, and its gradient."""
@@ -163,30 +269,58 @@ class MaskedTensor:
             if self.recipe.gradient.weights_learn:
                 self.latent.copy_(self.bound.view(parameter))
             parameter.grad, self._published_gradient = self._published_gradient, None
-            self.publish()
+            if not self.republishes:
+                self.publish()
+
+    def constrain(self) -> None:
+        """Bring the own parameters back to where the relaxation wants them, after a step."""
+        if self.own:
+            assert self.latent is not None
+            for name, value in self.recipe.relaxation.constrain(self.latent, self._own_values()).items():
+                self.own[name].copy_(value)
 
     def end_step(self) -> None:
         """Let go of what only the step needed."""
-        self._pulled = None
+        self._pulled, self._gated_gradient, self._added = None, None, {}
 
     def project(self) -> None:
         """Set pruned weights to zero."""
         if self._bits is not None:
             clear_(local(self.bound.parameter.detach()), self._bits)
 
-    def publish(self, whole: bool = False) -> None:
-        """Copy what the relaxation makes of the latent weight into the parameter; with ``whole`` nothing is left out by chance."""
-        published = self._published(whole)
+    def publish(self, evaluating: bool = False) -> None:
+        """Copy what the relaxation makes of the latent weight into the parameter: a step's sample, or the mode to evaluate with."""
+        published = self._published(evaluating)
         self._write(published)
         self._published_version = local(self.bound.parameter)._version
         if self.recipe.relaxation.decides:
-            self.pruned = published == 0
+            if self.cut is not None and self.recipe.selects:
+                self.pruned = self.cut
+            else:
+                gone = self._gone(published if evaluating or not self.republishes else self._published(evaluating=True))
+                self.pruned = gone if self.cut is None else gone | self.cut
 
-    def _published(self, whole: bool = False) -> Tensor:
+    def _gone(self, mode: Tensor) -> Tensor:
+        """Return what the relaxation has decided to mask: where one of the gates is closed, not where an open one has a weight of zero."""
+        if not self.gates:
+            return mode == 0
+        closed = torch.zeros_like(mode, dtype=torch.bool)
+        for gates, part, _ in self.gates:
+            closed |= part.expand(gates.mode, 1.0) == 0
+        return closed
+
+    def _published(self, evaluating: bool = False) -> Tensor:
         assert self.latent is not None
         relaxation = self.recipe.relaxation
-        published = relaxation.publish(self.latent, self._own_values(), self.kept(self.cut if relaxation.decides else self.pruned))
-        if self.dropped is None or whole:
+        keep = self.kept(self.cut if relaxation.decides else self.pruned)
+        published = relaxation.publish(self.latent, self._own_values(), keep, self._moment(evaluating))
+        for gates, part, acts in self.gates:
+            gate = part.expand(gates.mode if evaluating else gates.sample, 1.0)
+            if acts:
+                published = published * gate
+            if acts or evaluating:
+                published = published.masked_fill(gate == 0, 0.0)
+        if self.dropped is None or evaluating:
             return published
         return (published * relaxation.scale).masked_fill_(self.dropped, 0.0)
 
@@ -223,7 +357,6 @@ class MaskedTensor:
         else:
             self.cut = self.pruned if self.recipe.relaxation.decides else None
             self.publish()
-            self.pruned = ~keep
         if self.blocked is None:
             return None
         return self.blocked if before is None else self.blocked ^ before
@@ -231,10 +364,9 @@ class MaskedTensor:
     def fold(self) -> None:
         """Keep the published or projected weight for good."""
         self.project()
-        if self.dropped is not None:
-            self.publish(whole=True)
-            self.dropped = None
-        self.latent, self.own = None, {}
+        if self.latent is not None:
+            self.publish(evaluating=True)
+        self.latent, self.own, self.gates, self.dropped = None, {}, [], None
         self.unwatch()
 
     def state_dict(self) -> dict[str, Any]:

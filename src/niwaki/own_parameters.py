@@ -9,28 +9,44 @@ from torch import Tensor
 from torch.optim import Muon, Optimizer
 
 from niwaki.errors import InputError
+from niwaki.gates import Gates
 from niwaki.masked import MaskedTensor
 from niwaki.relaxation import Relaxation
 
 
 def add_own_parameters(
-    relaxation: Relaxation, tensors: Iterable[MaskedTensor], optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
+    relaxation: Relaxation,
+    tensors: Iterable[MaskedTensor],
+    gates: Iterable[Gates],
+    optimizers: Sequence[Optimizer],
+    schedulers: Sequence[Any],
 ) -> None:
     """Add the own parameters of ``tensors`` to the optimizers that hold their weights, a group for each group of those.
+
+    Those of gates go where the first weight that they multiply and that is held is. An optimizer that has them already (a copy of one that
+    is attached) is left as it is.
 
     Muon steps matrices only; own parameters of another shape go to the first optimizer that is not Muon.
 
     Raises:
         InputError: there is no such optimizer, or an optimizer has a scheduler that was not passed.
     """
-    owners = {tensor.bound.parameter: tensor for tensor in tensors if tensor.own}
+    owned: dict[Tensor, dict[str, Tensor]] = {}
+    for tensor in tensors:
+        owned.setdefault(tensor.bound.parameter, {}).update({f"{tensor.bound.name}::{name}": p for name, p in tensor.own.items()})
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for one in gates:
+        first = next((tensor.bound.parameter for tensor, _ in one.acting if tensor.bound.parameter in held), None)
+        if first is not None:
+            owned.setdefault(first, {}).update({f"{one.name}::gate {name}": p for name, p in one.own.items()})
     for optimizer in optimizers:
+        there = {p for group in optimizer.param_groups for p in group["params"]}
         for index, group in enumerate(list(optimizer.param_groups)):
-            mine = [owners[p] for p in group["params"] if p in owners]
-            if not mine:
+            named = {name: own for p in group["params"] if p in owned for name, own in owned[p].items()}
+            if not named or any(p in there for p in named.values()):
                 continue
             holder, at = optimizer, index
-            if isinstance(optimizer, Muon) and any(p.ndim != 2 for t in mine for p in t.own.values()):
+            if isinstance(optimizer, Muon) and any(p.ndim != 2 for p in named.values()):
                 others = [other for other in optimizers if not isinstance(other, Muon)]
                 if not others:
                     raise InputError("attach: Muon takes matrices only; attach a second optimizer for the relaxation's own parameters")
@@ -41,7 +57,6 @@ def add_own_parameters(
                     "attach: the relaxation adds a parameter group, which the optimizer's learning-rate scheduler must know: pass"
                     " scheduler=, or make the scheduler after attach()"
                 )
-            named = {f"{t.bound.name}::{name}": p for t in mine for name, p in t.own.items()}
             _add_group(holder, at, named, relaxation.group_options(holder.param_groups[at]), scheduler)
 
 

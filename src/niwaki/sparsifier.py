@@ -23,28 +23,33 @@ from torch.utils.hooks import RemovableHandle
 from niwaki.binding import bind
 from niwaki.calibration import recalibrate_batchnorm
 from niwaki.clock import Clock
-from niwaki.collecting import Statistics, Values, memory_of
+from niwaki.collecting import Statistics, Values, bytes_of, statistics_of
 from niwaki.compensating import compensate
 from niwaki.dependency import Example, Group
 from niwaki.dropping import leave_out
 from niwaki.errors import InputError
-from niwaki.gradient import Dense
+from niwaki.gates import Gates, make_gates
+from niwaki.gradient import Dense, Selected
+from niwaki.gradient_selection import keep_best_gradients
 from niwaki.granularity import Grouped
-from niwaki.masked import MaskedTensor
+from niwaki.interpose import Handle
+from niwaki.masked import MaskedTensor, Now
 from niwaki.masks import Masks, canonical_name, equals_zero, local, shard
 from niwaki.metrics.units import show
 from niwaki.own_parameters import add_own_parameters
 from niwaki.pieces import Ranked, bounds_of
 from niwaki.pull import Pull
 from niwaki.ranking import find_groups_with, rank_targets
-from niwaki.ranks import require_same
+from niwaki.ranks import average_, require_same
 from niwaki.recipe import Recipe
 from niwaki.recipe.stages import StageRecipe
 from niwaki.relaxation import Dropout
 from niwaki.selector import Selector, reads_gradient
 from niwaki.slots import forget_history, reset_slots
 from niwaki.target import LeftOut
+from niwaki.walking import walk
 from niwaki.watching import StepWatch
+from niwaki.weight_noise import add_noise
 
 MasksChanged = Callable[[Masks], None]
 
@@ -68,7 +73,8 @@ class Sparsifier:
         seed: of everything random; the result is the same on every rank.
         data: batches ``(inputs, targets)`` for statistics that an update before the first step needs. Without them an update that needs
             gradients waits for those of the first step.
-        loss: ``loss(model(inputs), targets)``, needed with ``data`` for gradients.
+        loss: ``loss(model(inputs), targets)``, needed with ``data`` for gradients, and with ``validation``.
+        validation: batches ``(inputs, targets)`` of examples that are not trained on, for schedules that follow the loss on them.
         groups: the model's dependency groups, for a granularity whose pieces are their units (channels, heads, layers), such as
             :func:`niwaki.dependency.find_groups` returns, with what a person has vetoed or coupled. None: they are found here.
         example: arguments of a forward pass to find them with, a tuple or a dict of keyword arguments; by default the inputs of the
@@ -101,6 +107,7 @@ class Sparsifier:
         seed: int = 0,
         data: Iterable[tuple[Any, Any]] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
+        validation: Iterable[tuple[Any, Any]] | None = None,
         groups: Sequence[Group] | None = None,
         example: Example | None = None,
         memory: int | None = None,
@@ -112,6 +119,7 @@ class Sparsifier:
         self.clock = Clock(total_steps, steps_per_epoch, tokens_per_step)
         self.step = 0
         """Optimizer steps taken so far; overflow-skipped steps of a gradient scaler do not count."""
+        self._now = Now()
         self.notes: list[str] = []
         """What a user should know: guards that acted, state that could not be reached, tensors left out."""
         for note in recipe.fit(self.clock):
@@ -137,16 +145,21 @@ class Sparsifier:
                 raise InputError(f"normalization: {name!r} needs whole tensors, and {one.name} is sharded; choices: none, per_flop")
         with torch.no_grad():
             for bound in bounds_of(self.ranked):
-                self._tensors[bound.name] = MaskedTensor(bound, recipe, seed)
+                self._tensors[bound.name] = MaskedTensor(bound, recipe, seed, self._now)
         self._targets = dict(self._tensors)
+        if recipe.relaxation.anneals and total_steps is None:
+            raise InputError(f"relaxation: {recipe.relaxation.name!r} changes over the run, so it needs its length: pass total_steps=")
+        self._gates: list[Gates] = make_gates(recipe, self.ranked, self._targets, seed, self._now)
         self._take_masks(masks)
         if not self._tensors:
             raise InputError("recipe: it masks nothing, and there are no masks= to hold")
         self._by_parameter = {t.bound.parameter: t for t in self._tensors.values()}
-        self._own = {p: (t, name) for t in self._tensors.values() for name, p in t.own.items()}
+        owners: list[MaskedTensor | Gates] = [*self._tensors.values(), *self._gates]
+        self._own = {p: (owner, name) for owner in owners for name, p in owner.own.items()}
         self._optimizers: list[Optimizer] = []
         self._held: list[frozenset[int]] = []
         self._handles: list[RemovableHandle] = []
+        self._noise: list[Handle] = []
         self._callbacks: list[MasksChanged] = []
         self._stepped: set[int] = set()
         self._round_is_open = False
@@ -155,23 +168,32 @@ class Sparsifier:
         self._one_backward = False  # whether several optimizers were seen to step after one backward pass
         self._finalized = False
         self._gradient_needs = any(reads_gradient(component) for component in (recipe.saliency, recipe.growth, recipe.allocation))
-        self._statistics = Statistics(model, recipe, data, loss, seed, memory)
+        self._selects_at_once = recipe.growth.at_once or (recipe.relaxation.keeps_dense_weights and not self._gradient_needs)
+        self._statistics = Statistics(model, recipe, data, loss, seed, validation)
         self._pull: Pull | None = None
         if recipe.penalty is not None:
             density = 1.0 - (recipe.final_sparsity or 0.0)
-            self._pull = Pull(recipe.penalty, model, self.ranked, self._by_parameter, density, self._statistics, self._tell)
+            self._pull = Pull(
+                recipe.penalty,
+                model,
+                self.ranked,
+                self._by_parameter,
+                self._gates,
+                density,
+                self.clock,
+                self._statistics,
+                self._tell,
+            )
         given = any(tensor.pruned is not None for tensor in self._targets.values())
         self._watch: StepWatch | None = None
         self._selector = Selector(
             recipe, self.ranked, self._targets, self._statistics, self.clock, seed, self._tell, given, self._watched_steps
         )
-        asked = self._selector.asked() if recipe.acts else {}
-        watched = {request: bounds for request, bounds in asked.items() if request.source == "steps"}
-        self._statistics.require_memory(watched)
-        if watched:
-            self._watch = StepWatch(asked, self._targets)
-        self.statistics_bytes = memory_of(asked)
+        asked = statistics_of(recipe, self.ranked) if recipe.acts else {}
+        self.statistics_bytes = bytes_of(asked, memory)
         """Bytes that statistics take while masks are updated."""
+        if any(request.source == "steps" for request in asked):
+            self._watch = StepWatch(asked, self._targets)
         self._progress = progress
         self._start_masks()
         self._draw()
@@ -207,6 +229,13 @@ class Sparsifier:
         return sum(int(t.pruned.sum()) for t in self._tensors.values() if t.pruned is not None) / max(total, 1)
 
     @property
+    def computing(self) -> Masks:
+        """Which weights the coming forward pass computes with: the masks, or what is not zero where a relaxation trains others."""
+        if not self.recipe.relaxation.mode_differs:
+            return self.masks
+        return Masks({name: ~equals_zero(local(t.bound.parameter.detach())) for name, t in self._tensors.items()})
+
+    @property
     def needs_dense_gradient(self) -> bool:
         """Whether the coming step uses the gradients of all weights: for an update that ranks by them, or because all of them learn."""
         relaxation = self.recipe.relaxation
@@ -230,6 +259,11 @@ class Sparsifier:
     def strength(self) -> float | None:
         """The strength that a penalty's ratio to the loss was turned into at the first step, or None."""
         return None if self._pull is None else self._pull.found
+
+    @property
+    def settled(self) -> bool:
+        """Whether the masks that a schedule has waited for act, so that no others are chosen."""
+        return self._selector.schedule_state.settled
 
     def on_masks_changed(self, callback: MasksChanged) -> None:
         """Call ``callback(masks)`` after every update that changed a mask."""
@@ -266,11 +300,19 @@ class Sparsifier:
         held = {p for optimizer in (*self._optimizers, *optimizers) for group in optimizer.param_groups for p in group["params"]}
         if optimizers and not held & set(self._by_parameter) and any(p.requires_grad for p in self._by_parameter):
             raise InputError("attach: the optimizer holds none of the target parameters; make it for the model of this sparsifier")
-        add_own_parameters(self.recipe.relaxation, self._tensors.values(), optimizers, schedulers)
+        add_own_parameters(self.recipe.relaxation, self._tensors.values(), self._gates, optimizers, schedulers)
+        taught = [tensor for tensor in self._tensors.values() if tensor.own] + [tensor for one in self._gates for tensor, _ in one.acting]
+        for name in dict.fromkeys(tensor.bound.name for tensor in taught if not tensor.bound.parameter.requires_grad):
+            self._tell(
+                f"relaxation: {self.recipe.relaxation.name!r} learns by the gradient of {name}, which requires none; requires_grad_(True)"
+                " gives it one, and gradient: frozen leaves the weights as they are"
+            )
         for optimizer in optimizers:
             self._optimizers.append(optimizer)
             self._held.append(frozenset(id(p) for group in optimizer.param_groups for p in group["params"]))
             self._handles += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+        if not self._noise:
+            self._noise = add_noise(self.model, (t for t in self._targets.values() if t.noisy))
         for tensor in self._tensors.values():
             tensor.watch_gradient(self._on_gradient)
             if tensor.blocked is not None:  # an optimizer that has stepped before may remember what is pruned now
@@ -304,6 +346,11 @@ class Sparsifier:
                 f"relaxation: {self.recipe.relaxation.name!r} cannot be trained with a closure, which sees weights between two steps; use"
                 " an optimizer that steps without one, or relaxation: hard"
             )
+        if closure is not None and isinstance(self.recipe.gradient, Selected):
+            raise InputError(
+                "gradient: 'selected' chooses among the gradients of a step, and a closure computes them inside the step; use an optimizer"
+                " that steps without one, or gradient: active"
+            )
         if _overflowed(optimizer):
             return None
         index = self._index(optimizer)
@@ -320,11 +367,17 @@ class Sparsifier:
                 tensor.adopt_writes()
             if self._watch is not None:
                 self._watch.look(getattr(optimizer, "grad_scale", None))
+            self._selector.gradient_scale = getattr(optimizer, "grad_scale", None)
             self._update_masks(closure)
             for tensor in self._tensors.values():
                 tensor.pull_back()
+            for gates in self._gates:
+                gates.pull_back()
+            average_([p.grad for p in self._own if p.grad is not None])  # of forward passes, which no wrapper synchronizes
+            if isinstance(self.recipe.gradient, Selected):
+                keep_best_gradients(self.recipe, self._targets.values())
             if self._pull is not None:
-                self._pull.look()
+                self._pull.look(self.step, getattr(optimizer, "grad_scale", None))
         if self._skips:
             if closure is None:
                 _drop_gradients(optimizer)
@@ -341,8 +394,8 @@ class Sparsifier:
                 tensor.enter_step()
             for parameter in group["params"]:
                 if parameter in self._own:
-                    tensor, name = self._own[parameter]
-                    parameter.grad = tensor.own_gradient(name)
+                    owner, name = self._own[parameter]
+                    parameter.grad = owner.own_gradient(name)
         return None
 
     @torch.no_grad()
@@ -356,9 +409,9 @@ class Sparsifier:
             for parameter in group["params"]:
                 if parameter in self._own and parameter.grad is not None:
                     parameter.grad = None
-                    tensor = self._own[parameter][0]
-                    if id(tensor.bound.parameter) not in self._held[index]:  # its weight is stepped by another optimizer
-                        tensor.publish()
+                    owner = self._own[parameter][0]
+                    if isinstance(owner, MaskedTensor) and id(owner.bound.parameter) not in self._held[index]:
+                        owner.publish()  # its weight is stepped by another optimizer
         self._stepped.add(index)
         if frozenset().union(*self._held) == frozenset().union(*(self._held[i] for i in self._stepped)):
             self._close_round()
@@ -366,26 +419,41 @@ class Sparsifier:
     def _close_round(self) -> None:
         self._round_is_open = False
         if self._pull is not None and not self._skips:
-            self._pull.after_step(self._optimizers)
+            self._pull.after_step(self.step, self._optimizers)
         self.step += 1
+        if not self._skips:
+            walk(self.recipe, self._targets.values(), self._optimizers, self.seed, self.step)
         for tensor in self._tensors.values():
             tensor.end_step()
-        if self.recipe.relaxation.keeps_dense_weights and not self._gradient_needs and self._selector.due(self.step) is not None:
+        for tensor in self._targets.values():
+            tensor.constrain()
+        for gates in self._gates:
+            gates.constrain()
+        self._draw()
+        if self._selects_at_once and self._selector.due(self.step) is not None:
             self._select()  # now, so that the coming forward sees the masks of the new weights and scores
         elif self.recipe.relaxation.decides:
             self._announce()
-        self._draw()
         self._look_ahead()
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """Leave other pieces out of the coming step, if the relaxation does."""
+        """Publish the weights of the coming step where they are another sample, of another moment, or have moved gates."""
+        self._now.step = self.step
+        self._now.progress = min(self.step / self.clock.total_steps, 1.0) if self.clock.total_steps else 0.0
+        for gates in self._gates:
+            gates.draw()
         if isinstance(self.recipe.relaxation, Dropout):
             leave_out(self.recipe.relaxation, self.ranked, self._tensors, self.seed, self.step)
+        else:
+            for tensor in self._targets.values():
+                if tensor.latent is not None and tensor.republishes:
+                    tensor.publish()
 
     def _look_ahead(self) -> None:
         """Note whether the next step starts with an update that needs the gradients of pruned weights."""
-        self._dense_gradient_next = self._gradient_needs and self._selector.due(self.step) is not None
+        followed = self.recipe.growth.every_gradient and self.step <= self.recipe.schedule.last(self.clock)
+        self._dense_gradient_next = followed or (self._gradient_needs and self._selector.due(self.step) is not None)
 
     # ------------------------------------------------------------------ mask updates
 
@@ -407,7 +475,14 @@ class Sparsifier:
 
     def _update_masks(self, closure: Callable[[], Any] | None) -> None:
         """Update the masks before this step if the schedule says so."""
+        if closure is not None and self.recipe.growth.every_gradient:
+            raise InputError(
+                f"growth: {self.recipe.growth.name!r} follows the gradients of all steps, and a closure computes them inside the step; use"
+                " an optimizer that steps without one, or another growth"
+            )
         if self._selector.due(self.step) is None:
+            if self._dense_gradient_next:
+                self._mask_gradients()
             return
         if self._gradient_needs and closure is not None:
             with torch.enable_grad():
@@ -415,6 +490,10 @@ class Sparsifier:
         first = self._selector.first
         self._select()
         self._skips = not first and self.recipe.skips_steps
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights, which only statistics and updates have looked at."""
         self._dense_gradient_next = False
         for tensor in self._tensors.values():
             if tensor.latent is None:
@@ -498,12 +577,12 @@ class Sparsifier:
         kept = {name: local(t.bound.parameter).clone() for name, t in self._tensors.items() if t.latent is not None}
         with torch.no_grad():
             for name in kept:
-                self._tensors[name].publish(whole=True)
+                self._tensors[name].publish(evaluating=True)
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, published in kept.items():
+                for name, published in ({} if self._finalized else kept).items():
                     local(self._tensors[name].bound.parameter).copy_(published)
 
     @torch.no_grad()
@@ -521,14 +600,23 @@ class Sparsifier:
             collects = reads_gradient(self.recipe.saliency) and self._statistics.has_loss
             with self._statistics.gradients() if collects else nullcontext():
                 self._select(grows=False)
-        elif self.step < last and self.recipe.selects and not self._selector.candidates.settled:
+        elif self.step < last and self.recipe.selects and not self._selector.schedule_state.settled:
             self._tell(f"finalized after {self.step} steps, before the schedule's end at step {last}")
+        if self.recipe.schedule.validates and self.recipe.selects:
+            looks = self._selector.schedule_state.validations
+            updates = sum(look.fraction > 0.0 for look in looks)
+            self.notes.append(
+                f"schedule {self.recipe.schedule.name!r}: the validation loss asked for pruning in {updates} of {len(looks)} looks, to a"
+                f" sparsity of {self.sparsity:.4g}"
+            )
         for tensor in self._tensors.values():
             tensor.fold()
-        for handle in self._handles:
+        for hook in self._handles:
+            hook.remove()
+        for handle in self._noise:
             handle.remove()
-        self._handles, self._optimizers, self._finalized = [], [], True
-        self._statistics.data = self._statistics.loss = None
+        self._handles, self._noise, self._optimizers, self._finalized = [], [], [], True
+        self._statistics.data = self._statistics.validation = self._statistics.loss = None
         return self
 
     # ------------------------------------------------------------------ checkpoints
@@ -550,12 +638,15 @@ class Sparsifier:
             "seed": self.seed,
             "step": self.step,
             "selected_at": self._selector.selected_at,
-            "candidates": self._selector.candidates.state_dict(),
+            "schedule": self._selector.schedule_state.state_dict(),
+            "numbers": dict(self._selector.numbers),
             "strength": self.strength,
+            "penalty": None if self._pull is None else self._pull.state_dict(),
             "watched": None if self._watch is None else self._watch.state_dict(),
             "notes": list(self.notes),
             "active_zeros": self._active_zeros({name: tensor.pruned for name, tensor in self._tensors.items()}),
             "tensors": {name: tensor.state_dict() for name, tensor in self._tensors.items()},
+            "gates": {gates.name: gates.state_dict() for gates in self._gates},
         }
 
     @torch.no_grad()
@@ -568,7 +659,7 @@ class Sparsifier:
         version = state.get("version") if isinstance(state, Mapping) else None
         if version != 1:
             raise InputError(f"load_state_dict: version {version!r} is unknown; this is version 1")
-        fields = {"recipe": str, "seed": int, "step": int, "notes": list, "active_zeros": int, "tensors": Mapping}
+        fields = {"recipe": str, "seed": int, "step": int, "notes": list, "active_zeros": int, "schedule": Mapping, "tensors": Mapping}
         for field, kind in fields.items():
             if not isinstance(state.get(field), kind):
                 raise InputError(f"load_state_dict: the state is damaged: {field!r} is missing or of the wrong kind")
@@ -585,11 +676,16 @@ class Sparsifier:
             self._refuse_pruned_weights(loaded, state["active_zeros"])
         for name, saved in theirs.items():
             mine[name].load_state_dict(saved, loaded[name])
+        for gates in self._gates:
+            gates.load_state_dict(state["gates"][gates.name])
         self.step, self.notes = state["step"], list(state["notes"])
         self._selector.selected_at = state["selected_at"]
-        self._selector.candidates.load_state_dict(state.get("candidates"))
+        self._selector.schedule_state.load_state_dict(state["schedule"])
+        self._selector.numbers = dict(state["numbers"])
         if self._pull is not None and state.get("strength") is not None:
             self._pull.take_strength(state["strength"])
+        if self._pull is not None and state.get("penalty") is not None:
+            self._pull.load_state_dict(state["penalty"])
         if self._watch is not None and state.get("watched") is not None:
             self._watch.load_state_dict(state["watched"])
         self._round_is_open = False

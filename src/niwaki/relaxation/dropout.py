@@ -29,6 +29,8 @@ class Dropout(Relaxation):
     equation = "published = D * w, D = 0 with probability rate for each piece and step, else 1"
     source = "Wan, Zeiler, Zhang, LeCun, Fergus 2013 (DropConnect); Fan, Grave, Joulin 2020 (LayerDrop)"
     samples = True
+    effort = "a draw for each piece and step"
+    advice = "networks that are to bear the loss of blocks, heads or units later"
 
     rate: Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)] = 0.2
     rescale: bool = False

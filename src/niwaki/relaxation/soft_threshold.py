@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from niwaki.layout import Layout
-from niwaki.relaxation.base import Relaxation
+from niwaki.relaxation.base import Moment, Relaxation
+from niwaki.relaxation.thresholds import threshold_shape
 
 GATES = {"sigmoid": torch.sigmoid, "exponential": torch.exp}
 
@@ -30,6 +31,8 @@ class SoftThreshold(Relaxation):
     name = "soft_threshold"
     equation = "published = sign(w) * relu(|w| - g(s)); dL/ds = -g'(s) * sum sign(w) [|w| > g(s)] dL/dpublished"
     source = "Kusupati, Ramanujan, Somani, Wortsman, Jain, Kakade, Farhadi 2020 (STR)"
+    effort = "a number for each tensor; a second copy of the weights"
+    advice = "long trainings whose layers are to find their own sparsity"
     decides = True
     has_scores = True
 
@@ -40,11 +43,7 @@ class SoftThreshold(Relaxation):
 
     def parameters(self, weight: Tensor, layout: Layout, name: str, seed: int) -> dict[str, Tensor]:  # noqa: D102
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape: tuple[int, ...] = ()
-        if self.per == "output_channel":
-            kept = ("group", "output") if layout.shared_stack else ("stack", "group", "output")
-            shape = tuple(n if role in kept else 1 for role, n in zip(layout.roles, layout.shape, strict=True))
-        return {"threshold": torch.full(shape, self.initial, dtype=dtype, device=weight.device)}
+        return {"threshold": torch.full(threshold_shape(self.per, layout), self.initial, dtype=dtype, device=weight.device)}
 
     def _threshold(self, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         return GATES[self.gate](own["threshold"]).to(weight.dtype)
@@ -52,17 +51,8 @@ class SoftThreshold(Relaxation):
     def _shrink(self, weight: Tensor, threshold: Tensor) -> Tensor:
         return torch.sign(weight) * torch.relu(weight.abs() - threshold)
 
-    def publish(self, weight: Tensor, own: Mapping[str, Tensor], keep: Tensor) -> Tensor:  # noqa: D102
-        published = self._shrink(weight, self._threshold(weight, own))
-        return published.masked_fill_((published == 0) | ~keep, 0.0)  # also turns -0.0 into 0.0
-
-    def pull_back(self, weight: Tensor, own: Mapping[str, Tensor], gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: D102
-        with torch.enable_grad():
-            w = weight.detach().requires_grad_()
-            s = own["threshold"].detach().requires_grad_()
-            published = self._shrink(w, self._threshold(w, {"threshold": s}))
-            for_weight, for_threshold = torch.autograd.grad(published, (w, s), gradient)
-        return for_weight, {"threshold": for_threshold}
+    def relax(self, weight: Tensor, own: Mapping[str, Tensor], moment: Moment) -> Tensor:  # noqa: D102
+        return self._shrink(weight, self._threshold(weight, own))
 
     def score(self, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
         return weight.abs() - self._threshold(weight, own)

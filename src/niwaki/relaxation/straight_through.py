@@ -1,18 +1,17 @@
 """Learned scores, trained straight through the selection."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from niwaki import counter
 from niwaki.layout import Layout
-from niwaki.relaxation.base import Relaxation
+from niwaki.relaxation.base import LearnsOwn, Moment
 
 
-class StraightThrough(Relaxation):
+class StraightThrough(LearnsOwn):
     """Every weight has a trainable score; the best scores are active; the selection's derivative is taken as one.
 
     With ``published = M(S) * w`` and ``dM/dS := 1`` the score's gradient is ``dL/dS = dL/dpublished * w``: the sum over the steps is
@@ -27,11 +26,11 @@ class StraightThrough(Relaxation):
     name = "straight_through"
     equation = "published = M(S) * w; dL/dS := dL/dpublished * w"
     source = "Sanh, Wolf, Rush 2020 (movement pruning); Bengio, Léonard, Courville 2013 (the estimator)"
+    effort = "a trained number for each weight; dense gradients"
+    advice = "fine-tuning of pretrained models (movement), masks over random weights (edge-popup)"
     has_scores = True
 
     scores: Literal["zeros", "uniform", "magnitude"] = "zeros"
-    learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = 0.0
 
     def parameters(self, weight: Tensor, layout: Layout, name: str, seed: int) -> dict[str, Tensor]:  # noqa: D102
         if self.scores == "magnitude":
@@ -41,16 +40,14 @@ class StraightThrough(Relaxation):
             return {"score": counter.uniform(stream, 0, weight.numel(), weight.device).to(weight.dtype).view(weight.shape)}
         return {"score": torch.zeros_like(weight, memory_format=torch.contiguous_format)}
 
-    def pull_back(self, weight: Tensor, own: Mapping[str, Tensor], gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: D102
+    def pull_back(  # noqa: D102
+        self, weight: Tensor, own: Mapping[str, Tensor], gradient: Tensor, moment: Moment
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         return gradient, {"score": gradient * weight}
 
     def score(self, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
         return own["score"]
 
-    def group_options(self, group: Mapping[str, object]) -> dict[str, object]:  # noqa: D102
-        options: dict[str, object] = {}
-        if self.learning_rate is not None:
-            options["lr"] = self.learning_rate
-        if self.weight_decay is not None and "weight_decay" in group:
-            options["weight_decay"] = self.weight_decay
-        return options
+    def gates(self, weight: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """Return the sigmoid of the scores, which the penalty of soft movement pruning sums up."""
+        return torch.sigmoid(own["score"])

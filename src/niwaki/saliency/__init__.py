@@ -6,7 +6,7 @@ from niwaki.saliency.coreset import Coreset
 from niwaki.saliency.correlation import ConnectionCorrelation, Correlation, SubsetSelection
 from niwaki.saliency.flow import SynFlow
 from niwaki.saliency.group import GroupObservation, GroupSaliency
-from niwaki.saliency.learned import Score
+from niwaki.saliency.learned import Score, SignalToNoise
 from niwaki.saliency.magnitude import FromInit, Magnitude
 from niwaki.saliency.movement import AccumulatedMovement, Karnin, TotalChange
 from niwaki.saliency.norm_scale import NormScale
@@ -25,6 +25,7 @@ from niwaki.saliency.second_order import (
     WoodTaylor,
 )
 from niwaki.saliency.sensitivity import Nisp, Sensitivity, VarianceNullity
+from niwaki.saliency.significance import TStatistic
 from niwaki.saliency.similarity import MergeCost, Similarity
 from niwaki.saliency.sparsegpt import SparseGPT
 from niwaki.saliency.taylor import GateDecorator, Grasp, HeadImportance, Snip, Taylor
@@ -67,11 +68,13 @@ __all__ = [
     "Saliency",
     "Score",
     "Sensitivity",
+    "SignalToNoise",
     "Similarity",
     "Snip",
     "SparseGPT",
     "SubsetSelection",
     "SynFlow",
+    "TStatistic",
     "Taylor",
     "ThiNet",
     "TotalChange",
