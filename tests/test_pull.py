@@ -344,3 +344,61 @@ def test_a_strength_that_was_found_is_resumed_and_not_found_again():
 def test_a_ratio_needs_data_and_a_loss(options):
     with pytest.raises(InputError, match=r"^penalty: 'group_lasso' needs data= and loss= \(called as loss\(model\(inputs\), targets\)\)"):
         niwaki.Sparsifier(net(), recipe(RATIO % ("true", "gradient")), total_steps=STEPS, groups=hidden(), **options)
+
+
+# ---------------------------------------------------------------- before it begins
+
+BEGIN = f"begin: {STEPS} steps, strength: 3.0"
+
+
+@pytest.mark.parametrize(
+    ("rest", "penalty"),
+    [
+        *(("", f"{{{name}: {{apply: {how}, {BEGIN}}}}}") for name in ("l1", "lp", "nuclear_norm") for how in ("gradient", "proximal")),
+        ("", f"{{polarization: {{upper: 0.5, {BEGIN}}}}}"),
+        ("", f"{{centripetal: {{{BEGIN}}}}}"),
+        ("", f"{{directional: {{{BEGIN}}}}}"),
+        ("", f"{{soft_weight_sharing: {{every: 2 steps, {BEGIN}}}}}"),
+        ("", f"{{sensitivity: {{apply: decoupled, {BEGIN}}}}}"),
+        ("granularity: output_channel", f"{{group_lasso: {{apply: proximal, {BEGIN}}}}}"),
+        ("granularity: output_channel", f"{{hoyer_square: {{per: piece, {BEGIN}}}}}"),
+        ("relaxation: hard_concrete", f"{{augmented_lagrangian: {{sparsity: 0.5, begin: {STEPS} steps}}}}"),
+        ("sparsity: 0.5\nschedule: {one_shot: {at: 1 run}}", f"{{learning_compression: {{initial: 3.0, every: 1 steps, begin: {STEPS} steps}}}}"),
+    ],
+)
+def test_nothing_is_pulled_before_the_begin(rest, penalty):
+    with_penalty, sparsifier = sparsified(f"{rest}\npenalty: {penalty}")
+    without, _ = sparsified(rest or "penalty: {l1: {strength: 0}}")
+    assert_same(with_penalty, without)
+    for state in sparsifier.state_dict()["penalty"]:
+        for name in ("linear", "quadratic") if state else ():
+            assert float(state["shared"].get(name, 0.0)) == 0.0
+        if state and "mu" in state["shared"]:
+            assert float(state["shared"]["mu"]) == 3.0
+            assert all(not one["multiplier"].any() for one in state["terms"].values())
+
+
+def test_the_sensitivity_is_that_of_the_loss_alone():
+    """The gradients of other penalties are added between the look and the step."""
+    alone, _ = sparsified("penalty: {sum: [{l2: {strength: 0}}, {sensitivity: {strength: 0.1, bound: 0.05, apply: decoupled}}]}")
+    model = net(dtype=torch.float64)
+    optimizer = sgd(model)
+    text = "penalty: {sum: [{l2: {strength: 2.0}}, {sensitivity: {strength: 0.1, bound: 0.05, apply: decoupled}}]}"
+    niwaki.Sparsifier(model, recipe(text), total_steps=STEPS).attach(optimizer)
+    other = net(dtype=torch.float64)
+    stepped = sgd(other)
+    for step in range(STEPS):
+        train(model, [optimizer], [step], dtype=torch.float64)
+        images, labels = batch(step, dtype=torch.float64)
+        stepped.zero_grad()
+        functional.cross_entropy(other(images), labels).backward()
+        felt = {name: (1 - p.grad.abs() / 0.05).clamp(min=0) for name, p in other.named_parameters()}
+        with torch.no_grad():
+            for name in TARGETS:
+                other.get_parameter(name).grad += 2.0 * other.get_parameter(name)
+            stepped.step()
+            for name in TARGETS:
+                p = other.get_parameter(name)
+                p -= RATE * 0.1 * p * felt[name]
+    assert_same(model, other)
+    assert not torch.equal(alone.fc1.weight, model.fc1.weight)

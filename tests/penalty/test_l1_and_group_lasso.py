@@ -1,9 +1,10 @@
-"""Penalties: gradients against autograd, proximal steps against a search for the minimum, in float64."""
+"""L1, group lasso and exploration L2: gradients against autograd, proximal steps against a search for the minimum, in float64."""
 
 import math
 
 import pytest
 import torch
+from scipy import optimize
 
 from niwaki.component import build
 from niwaki.errors import InputError
@@ -51,25 +52,19 @@ def test_nothing_pulls_where_there_is_nothing_and_where_no_piece_is():
     assert torch.equal(stepped[2], weight[2])
 
 
-def proximal(weight, penalty, rate):
-    """argmin_v |v - w|^2 / 2 + rate * penalty(v) by subgradient descent from many steps; the oracle for proximal steps."""
-    found = weight.clone()
-    for step in range(20_000):
-        v = found.requires_grad_()
-        [gradient] = torch.autograd.grad((v - weight).square().sum() / 2 + rate * penalty(v), v)
-        found = (v - gradient / (step + 2)).detach()
-    return found
-
-
 @pytest.mark.parametrize("rate", [0.05, 0.8])
-def test_proximal_steps_are_at_the_minimum(rate):
+def test_block_soft_thresholding_is_at_the_minimum(rate):
     weight = torch.tensor([[0.3, -0.4], [0.05, 0.02], [-2.0, 1.0]], dtype=torch.float64)
-    found = L1(strength=0.5, apply="proximal").step(Penalized(weight), rate)
-    torch.testing.assert_close(found, proximal(weight, lambda v: 0.5 * v.abs().sum(), rate), rtol=0, atol=1e-3)
-    assert torch.equal(found == 0, weight.abs() <= 0.5 * rate)
     found = GroupLasso(strength=0.5, apply="proximal").step(rows(weight), rate)
-    expected = proximal(weight, lambda v: 0.5 * math.sqrt(2) * (v.square().sum(1) + 1e-30).sqrt().sum(), rate)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+    def value(v, row):
+        return ((v[0] - row[0]) ** 2 + (v[1] - row[1]) ** 2) / 2 + rate * 0.5 * math.sqrt(2) * math.hypot(*v)
+
+    for row, arrived in zip(weight.tolist(), found.tolist(), strict=True):
+        tried = [optimize.minimize(value, start, (row,), "Nelder-Mead", options={"xatol": 1e-10}) for start in (row, [0.0, 0.0])]
+        best = min(tried, key=lambda one: one.fun)
+        assert value(arrived, row) <= best.fun + 1e-12
+        assert arrived == pytest.approx(best.x.tolist(), abs=1e-5)
     gone = weight.norm(dim=1) <= 0.5 * math.sqrt(2) * rate
     assert torch.equal((found == 0).all(1), gone)  # whole rows, or nothing
 
@@ -113,7 +108,7 @@ def test_a_ratio_says_the_share_of_the_penalty_in_the_sum_with_the_loss():
     weight = normal(5, 9)
     for scaled, factor in ((True, 3.0), (False, 1.0)):
         lasso = GroupLasso(ratio=0.2, scaled=scaled, apply="proximal")
-        value = lasso.value(weight.norm(dim=1), torch.full((5,), 9.0))
+        value = lasso.total(weight.norm(dim=1), torch.full((5,), 9.0))
         assert value == pytest.approx(factor * sum(math.hypot(*row) for row in weight.tolist()), rel=1e-14)
         found = lasso.with_strength(lasso.strength_at(2.5, value))
         assert found.strength * value / (found.strength * value + 2.5) == pytest.approx(0.2, rel=1e-14)
