@@ -114,7 +114,8 @@ def test_defaults_are_those_of_set_and_rigl():
 
 
 def test_only_growths_that_exchange_pieces_grow():
-    assert {name: cls.grows for name, cls in REGISTRY["growth"].items()} == {"none": False, "all": False, "random": True, "gradient": True}
+    growing = {"random", "gradient", "momentum", "locality", "rewiring"}
+    assert {name: cls.grows for name, cls in REGISTRY["growth"].items()} == {name: name in growing for name in {"none", "all", *growing}}
 
 
 @pytest.mark.parametrize(
@@ -135,10 +136,11 @@ def test_data_round_trip(data):
 
 
 def test_data_with_defaults_says_everything():
+    rest = {"initial_mask": "random", "initial_value": "zero", "threshold": None}
     assert build("growth", "gradient").to_data(defaults=True) == {
-        "gradient": {"fraction": {"cosine": {"initial": 0.3}}, "at_update": "skip_step", "initial_mask": "random"}
+        "gradient": {"fraction": {"cosine": {"initial": 0.3}}, "at_update": "skip_step", **rest}
     }
-    assert build("growth", "random").to_data(defaults=True) == {"random": {"fraction": 0.3, "at_update": "step", "initial_mask": "random"}}
+    assert build("growth", "random").to_data(defaults=True) == {"random": {"fraction": 0.3, "at_update": "step", **rest}}
 
 
 @pytest.mark.parametrize(

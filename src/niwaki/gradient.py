@@ -1,6 +1,6 @@
 """Which elements of a tensor learn, given its mask.
 
-The policy acts on the gradient at the step boundary. Everything but ``active`` needs a relaxation that keeps dense weights beside
+The policy acts on the gradient at the step boundary. Most policies need a relaxation that keeps dense weights beside
 the published ones: in a hard-masked tensor a pruned weight has no value that could learn.
 """
 
@@ -23,6 +23,9 @@ class GradientPolicy(Component):
     masked: ClassVar[bool] = True
     """Whether the gradient is zero outside a set of elements: the active ones, or the superset."""
 
+    needs_dense_weights: ClassVar[bool] = True
+    """Whether it is about pruned weights too, which must have a value to learn."""
+
 
 class Active(GradientPolicy):
     """Only active elements learn: the gradient is zero where the mask is."""
@@ -30,6 +33,9 @@ class Active(GradientPolicy):
     name = "active"
     equation = "g <- M * g"
     source = "the usual policy of pruning with retraining (Han et al. 2015)"
+    effort = "nothing"
+    advice = "the default"
+    needs_dense_weights = False
 
 
 class Dense(GradientPolicy):
@@ -38,6 +44,8 @@ class Dense(GradientPolicy):
     name = "dense"
     equation = "w_t+1 = w_t - lr * g(M * w_t)"
     source = "Lin, Stich, Barba, Dmitriev, Jaggi 2020 (DPF)"
+    effort = "the gradient of all weights at every step"
+    advice = "what was pruned should be able to come back by learning"
     masked = False
 
 
@@ -47,6 +55,8 @@ class Frozen(GradientPolicy):
     name = "frozen"
     equation = "w_t+1 = w_t"
     source = "Zhou, Lan, Liu, Yosinski 2019 (supermasks); Ramanujan et al. 2020 (edge-popup)"
+    effort = "nothing"
+    advice = "learning masks over weights that stay as they are"
     weights_learn = False
     masked = False
 
@@ -62,6 +72,8 @@ class Superset(GradientPolicy):
     name = "superset"
     equation = "g <- B * g, B = top (1 - sparsity) by saliency, B contains M"
     source = "Jayakumar, Pascanu, Rae, Osindero, Elsen 2020 (Top-KAST)"
+    effort = "the gradient of the superset, and a second selection at updates"
+    advice = "training that is sparse in both passes and still explores"
 
     sparsity: Fraction | None = None
     multiple: Annotated[float, Field(gt=1.0, allow_inf_nan=False)] | None = None
@@ -81,3 +93,24 @@ class Superset(GradientPolicy):
         outside = self.sparsity if self.multiple is None else max(0.0, 1.0 - self.multiple * (1.0 - sparsity))
         assert outside is not None
         return min(outside, sparsity)
+
+
+class Selected(GradientPolicy):
+    """In every step only the weights take the loss's gradient that would change it most; all take weight decay and momentum.
+
+    The others decay to zero by themselves, so that cutting them at the end costs little. Of all targets together, equal products keep the
+    lower (parameter order, flat index).
+
+    Attributes:
+        sparsity: share of the targets that takes no gradient in a step, in [0, 1); None: the recipe's.
+    """
+
+    name = "selected"
+    equation = "g <- g where |g w| is among the (1 - sparsity) N largest, else 0"
+    source = "Ding, Ding, Zhou, Guo, Han, Liu 2019 (global sparse momentum SGD)"
+    effort = "a selection over all products at every step"
+    advice = "pruning a trained network by its optimizer's own weight decay, which must be on"
+    single_field = "sparsity"
+    needs_dense_weights = False
+
+    sparsity: Fraction | None = None

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from niwaki.allocation import Allocation
 from niwaki.binding import Bound
-from niwaki.candidates import Candidates
+from niwaki.choosing import quantile, sum_counts
 from niwaki.clock import Clock
-from niwaki.collecting import Collected, Statistics, Values, requests_of
+from niwaki.collecting import Collected, Statistics, Values, requests_of, statistics_of
 from niwaki.component import Component
 from niwaki.errors import InputError
 from niwaki.gradient import Superset
-from niwaki.granularity import Grouped
 from niwaki.growth import DropAndGrow, Growth, NoGrowth
 from niwaki.masked import MaskedTensor
 from niwaki.masks import local
 from niwaki.pieces import Ranked, element_masks
 from niwaki.recipe import Recipe
 from niwaki.recipe.combinations import has_curvature, watches_steps
+from niwaki.recipe.stages import sparsity_after
 from niwaki.saliency import Observation, Saliency
+from niwaki.schedule_state import ScheduleState
+from niwaki.selecting import Bernoulli
 from niwaki.selection import kept
 from niwaki.statistics import Statistic
-from niwaki.update import Update, keeps_all, next_pieces, starts_at_random, sum_counts
+from niwaki.update import keeps_all, next_pieces, starts_at_random
+from niwaki.update_input import Update
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,12 @@ class Selector:
         """Weights before the first of several rounds that may take back what earlier ones have removed; else empty."""
         self.selected_at: int | None = None
         """Step before which the last selection was made."""
-        self.candidates = Candidates(recipe.schedule, ranked)
-        """Selections that the schedule compares before one acts."""
+        self.gradient_scale: Tensor | None = None
+        """Of the gradients of the step, where a fused optimizer under a gradient scaler divides by it in its own step."""
+        self.numbers: dict[str, float] = {}
+        """What components remember from one update to the next, such as a threshold that moves."""
+        self.schedule_state = ScheduleState(recipe.schedule, ranked)
+        """What the schedule has seen, where it decides by that."""
         self._require_attainable()
         self._require_data_for_the_end()
 
@@ -91,7 +100,7 @@ class Selector:
 
     def due(self, step: int) -> float | None:
         """Return the sparsity of an update that is due before this step, or None."""
-        if self.selected_at == step or self.candidates.settled or not self.recipe.selects:
+        if self.selected_at == step or self.schedule_state.settled or not self.recipe.selects:
             return None
         return self.recipe.schedule.at(step, self.recipe.final_sparsity or 0.0, self.clock)
 
@@ -119,7 +128,7 @@ class Selector:
     def select(self, step: int, grows: bool = True, sparsity: float | None = None) -> Selection | None:
         """Return the masks that are due before a step, and what learns under them.
 
-        None where the schedule only compares them with others.
+        None where the schedule only compares them with others, or the validation loss asks for no more pruning.
 
         Args:
             step: number of optimizer steps taken.
@@ -129,20 +138,43 @@ class Selector:
         if sparsity is None:
             sparsity = self.due(step)
         assert sparsity is not None
-        if self.given and self.only_removes and self.recipe.allocation.budget is None:
-            sparsity = max(sparsity, 1.0 - self._active_pieces() / self._pieces)
-        seen = Collected() if keeps_all(self.recipe, self.ranked, sparsity) else self._collect(step)
+        if self.recipe.schedule.validates:
+            sparsity = self._asked_by_loss(sparsity)
+            if sparsity is None:
+                self.selected_at = step
+                return None
+        fewer = self.given or isinstance(self.recipe.selection, Bernoulli)  # may be active than the sparsity asks for
+        ends = isinstance(self.recipe.growth, DropAndGrow) and not grows
+        if (ends or (fewer and self.only_removes)) and self.recipe.allocation.budget is None:
+            active = self._active_pieces()
+            if ends and kept(sparsity, self._pieces) > active:
+                self.tell(
+                    f"growth {self.recipe.growth.name!r}: the sparsity stays at {1.0 - active / self._pieces:.6g}, and does not fall to"
+                    f" {sparsity:.6g}, for what grows at the end of the run could not learn; end the schedule earlier"
+                )
+            sparsity = max(sparsity, 1.0 - active / self._pieces)
+        blind = keeps_all(self.recipe, self.ranked, sparsity) and not requests_of(self.recipe.growth)
+        seen = Collected() if blind else self._collect(step)
         pieces, update = self._next(step, sparsity, grows, seen)
-        if not self.candidates.accept(pieces, at_end=step >= self.recipe.schedule.last(self.clock)):
+        if not self.schedule_state.accept(pieces, at_end=step >= self.recipe.schedule.last(self.clock)):
             self.selected_at = step
             return None
         keep = self._masks(pieces, update)
+        if isinstance(self.recipe.growth, DropAndGrow):
+            update.weights.update(self._grown(self.recipe.growth, step, keep, seen))
         learns = keep
         if isinstance(self.recipe.gradient, Superset):
             wider = self._masks(*self._next(step, self.recipe.gradient.outside(sparsity), grows, seen))
             learns = {name: mask | wider[name] for name, mask in keep.items()}
         self.selected_at = step
         return Selection(keep, learns, pieces, update.weights, seen)
+
+    def _asked_by_loss(self, most: float) -> float | None:
+        """Return the sparsity that the validation loss asks for now, or None where nothing more goes."""
+        fraction, active = self.schedule_state.fraction(self.statistics.validation_loss()), self._active_pieces()
+        most = 1.0 if self.recipe.final_sparsity is None else most
+        sparsity = min(sparsity_after(fraction, active, self._pieces), most)
+        return sparsity if kept(sparsity, self._pieces) < active else None
 
     def scores(self) -> list[Tensor]:
         """Return the scores of everything ranked, after normalization, on the model as it is."""
@@ -155,32 +187,13 @@ class Selector:
             for one, score in zip(self.ranked, found, strict=True)
         ]
 
-    def asked(self) -> dict[Statistic, list[Bound]]:
-        """Return the statistics that the components ask for, each with its tensors."""
-        asked: dict[Statistic, list[Bound]] = {}
-        scored = [part.bound for one in self.ranked for part in one.scored]
-        readers = [part.bound for one in self.ranked for part in one.readers or one.makers]
-        for request in requests_of(self.recipe.saliency):
-            asked.setdefault(request, []).extend(scored)
-        for request in requests_of(self.recipe.allocation):
-            asked.setdefault(request, []).extend(readers if self.recipe.allocation.observes == "inputs" else scored)
-        for request in requests_of(self.recipe.compensation):
-            asked.setdefault(request, []).extend(self.survivors())
-        return {request: list({bound.name: bound for bound in bounds}.values()) for request, bounds in asked.items()}
-
-    def survivors(self) -> list[Bound]:
-        """Return the weights whose remaining entries can make up for those that go: of units, those that read them."""
-        grouped = isinstance(self.recipe.granularity, Grouped)
-        parts = (part for one in self.ranked for part in (one.readers if grouped else one.parts))
-        return list({p.bound.name: p.bound for p in parts if p.bound.parameter.ndim >= 2 and "input" in p.bound.layout.roles}.values())
-
     def _collect(self, step: int) -> Collected:
         """Collect what the coming selection needs to know."""
         if self._draws:
             return Collected()
         self._require_steps(step)
         saliency = self.recipe.saliency
-        asked = self.asked()
+        asked = statistics_of(self.recipe, self.ranked)
         values: dict[str, dict[Statistic, Any]] = {}
         for found in (self.statistics.collect(asked, self._active_mask), self.watched_steps()):
             for name, one in found.items():
@@ -191,7 +204,41 @@ class Selector:
             seen.curvature = saliency.curvature([self._observe(bound, step, saliency, seen) for bound in scored.values()])
         if saliency.averages is not None:
             seen.averaged = self.statistics.averaged(self.ranked, lambda bound: self._observe(bound, step, saliency, seen))
+        elif "score" in saliency.needs:
+            seen.averaged = self._scores_of_gates()
         return seen
+
+    def _scores_of_gates(self) -> list[Tensor] | None:
+        """Return what gates have learned of everything ranked: a tensor's elements belong to several. None where there are none."""
+        owners = {id(part): gates for tensor in self.tensors.values() for gates, part, _ in tensor.gates}
+        return [owners[id(one.parts[0])].scores() for one in self.ranked] if owners else None
+
+    def _grown(self, growth: DropAndGrow, step: int, keep: Mapping[str, Tensor], seen: Collected) -> dict[str, Tensor]:
+        """Return the weights of tensors that do not begin, or whose new weights do not begin, as they are."""
+        weights = {}
+        for name, mask in keep.items():
+            tensor, bound = self.tensors[name], self.tensors[name].bound
+
+            def total(values: Tensor, bound: Bound = bound) -> Tensor:
+                found = values.sum(dtype=torch.float64)
+                if bound.group is not None:
+                    dist.all_reduce(found, group=bound.group)
+                return found
+
+            active = self._active_mask(bound)
+            alone = bound.observe(tensor.weight, need_gradient=False, seed=self.seed, step=step, active=active)
+            started = growth.first(alone) if self.selected_at is None else None
+            if active is not None and int(total(new := mask & ~(active & growth.stays(alone)))):
+                look = self._observe(bound, step, growth, seen)
+                if started is not None:
+                    look = replace(look, weight=started)
+                if look.gradient is not None and self.gradient_scale is not None:
+                    look = replace(look, gradient=look.gradient / self.gradient_scale)
+                grown = growth.grown(look, new, total)
+                started = started if grown is None else grown
+            if started is not None:
+                weights[name] = started
+        return weights
 
     def _active_mask(self, bound: Bound) -> Tensor | None:
         pruned = self.tensors[bound.name].pruned
@@ -233,11 +280,22 @@ class Selector:
             and not self.originals
             and (isinstance(recipe.growth, NoGrowth) or (isinstance(recipe.growth, DropAndGrow) and not grows and not first)),
             grows=grows,
+            threshold=self._threshold(step),
+            numbers=self.numbers,
         )
         pieces = next_pieces(recipe, self.ranked, self._active(), update)
         for note in (*update.notes, *(seen.curvature.notes if seen.curvature is not None else ())):
             self.tell(note)
         return pieces, update
+
+    def _threshold(self, step: int) -> Callable[[Ranked, Tensor, Tensor], float] | None:
+        """Return what gives the value that scores of something ranked must reach, in place of a count."""
+        schedule, share = self.recipe.schedule, self.recipe.schedule.quantile
+        if share is None:
+            value = getattr(self.recipe.selection, "value", None)
+            return None if value is None else lambda *_: value
+        multiple = schedule.threshold(step, self.clock)
+        return lambda one, scores, active: multiple * self.schedule_state.reference(one.name, lambda: quantile(one, scores, active, share))
 
     def _loss_of(self, pieces: Sequence[Tensor]) -> float:
         """Return the mean loss over the data with only these pieces."""

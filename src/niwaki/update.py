@@ -6,69 +6,25 @@ the weakest active pieces, then let everything that was not kept compete to grow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from niwaki import counter
-from niwaki.allocation import Evidence, guard, row_counts
-from niwaki.binding import Bound
+from niwaki.allocation import Evidence, guard
+from niwaki.choosing import above, choose, draw, hysteresis, sum_counts
 from niwaki.errors import InputError
+from niwaki.exchanging import drop_and_grow, staying_after_drop
 from niwaki.granularity import Grouped, PatternNM
-from niwaki.growth import DropAndGrow, Growth, dropped
-from niwaki.layout import from_matrix, matrix
+from niwaki.growth import DropAndGrow, Growth
 from niwaki.pieces import Ranked, element_masks
-from niwaki.recipe import Recipe, Threshold
+from niwaki.recipe import Recipe
 from niwaki.saliency import Observation
+from niwaki.selecting import Hysteresis
 from niwaki.selection import kept, select
-
-Scores = Callable[[int], Tensor]
-"""Index of what is ranked (a tensor or a group) -> the scores of its pieces on this rank."""
-
-
-@dataclass
-class Update:
-    """What one mask update needs besides the tensors, and what it has to tell.
-
-    Attributes:
-        sparsity: share of the pieces to mask after the update.
-        step: number of optimizer steps taken before it.
-        progress: share of the schedule that has passed, in [0, 1] (for decaying growth).
-        seed: of the run.
-        observe: tensor -> what the saliency may look at.
-        observe_growth: the same for growth.
-        observe_allocation: the same for the allocation.
-        flops: parameter name -> multiply-adds of each of its weights in a forward pass; None when no component needs it.
-        dense_flops: FLOPs of a forward pass of the whole dense model, in the same unit as ``flops``; None when no component needs it.
-        loss: the mean loss over the data if everything ranked keeps some pieces (bool, one tensor each); None when there are no data.
-        averaged: scores that were averaged over batches, one tensor for each thing ranked; None where the saliency sees all it needs.
-        first: whether it is the initial selection.
-        grows: whether drop-and-grow may exchange pieces (not at the end of the run, where grown ones could not learn).
-        from_active: whether only active pieces may be kept (hard masks without growth).
-        notes: sentences for the user.
-        weights: tensor name -> new weights in its view, of a saliency that chooses them with the mask.
-    """
-
-    sparsity: float
-    step: int
-    progress: float
-    seed: int
-    observe: Callable[[Bound], Observation]
-    observe_growth: Callable[[Bound], Observation]
-    observe_allocation: Callable[[Bound], Observation]
-    first: bool
-    from_active: bool
-    flops: Mapping[str, float] | None = None
-    dense_flops: float | None = None
-    loss: Callable[[Sequence[Tensor]], float] | None = None
-    averaged: Sequence[Tensor] | None = None
-    grows: bool = True
-    notes: list[str] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+from niwaki.update_input import Scores, Update, tell
 
 
 def next_pieces(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], update: Update) -> list[Tensor]:
@@ -93,28 +49,35 @@ def next_pieces(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tenso
         stream = counter.key(update.seed, update.step, ranked[i].name + "::initial_mask")
         return counter.uniform(stream, ranked[i].start, active[i].numel(), active[i].device).view(active[i].shape)
 
-    if isinstance(recipe.selection, Threshold):
-        return _above(recipe, recipe.selection.value, ranked, saliency, active, update)
+    if isinstance(recipe.selection, Hysteresis):
+        return hysteresis(recipe.selection, ranked, saliency, active, update)
+    if update.threshold is not None:
+        return above(recipe, update.threshold, ranked, saliency, active, update)
     if keeps_all(recipe, ranked, update.sparsity):
         if not update.from_active:
             return [torch.ones_like(a) for a in active]
         if recipe.allocation.budget is not None or sum_counts(active, ranked) == [one.pieces for one in ranked]:
             return list(active)
-    counts = _counts(recipe, ranked, active, saliency, update)
+    exchanges = isinstance(growth, DropAndGrow) and not update.first and update.grows
+    staying = staying_after_drop(growth, ranked, saliency, active, update) if isinstance(growth, DropAndGrow) and exchanges else None
+    survivors = staying.survivors if staying is not None else None
+    if isinstance(growth, DropAndGrow) and not update.first and not update.grows:
+        survivors = sum_counts(active, ranked)
+    counts = _counts(recipe, ranked, active, saliency, update, survivors)
     if recipe.saliency.solves:
         return _solved(recipe, ranked, counts, update)
     if sum(counts) == sum(one.pieces for one in ranked):
         return [torch.ones_like(a) for a in active]
     if update.first and starts_at_random(growth):
-        keep = _choose(recipe, ranked, random, counts, [None] * len(ranked), update)
-    elif isinstance(growth, DropAndGrow) and not update.first and update.grows:
-        keep = _drop_and_grow(recipe, growth, ranked, saliency, counts, active, update)
+        keep = choose(recipe, ranked, random, counts, [None] * len(ranked), update)
+    elif isinstance(growth, DropAndGrow) and staying is not None:
+        keep = drop_and_grow(recipe, growth, ranked, saliency, counts, staying, active, update)
     else:
         eligible = active if update.from_active else [None] * len(ranked)
-        keep = _choose(recipe, ranked, saliency, counts, eligible, update)
+        keep = draw(recipe, ranked, saliency, counts, eligible, update)
     if granularity.sparsity is not None and (more := sum(sum_counts(keep, ranked))) > sum(counts):
         asked = sum(counts)
-        _tell(
+        tell(
             update, f"kept {more} weights where the sparsity asks for {asked}: groups of {granularity.name} keep their best, short ones too"
         )
     return keep
@@ -124,20 +87,7 @@ def keeps_all(recipe: Recipe, ranked: Sequence[Ranked], sparsity: float) -> bool
     """Return whether a sparsity masks nothing, so that nothing has to be ranked."""
     pieces = sum(one.pieces for one in ranked)
     less = sparsity > 0.0 if recipe.allocation.budget is not None else kept(sparsity, pieces) < pieces
-    return not less and not isinstance(recipe.selection, Threshold)
-
-
-def _above(
-    recipe: Recipe, value: float, ranked: Sequence[Ranked], scores: Scores, active: Sequence[Tensor], update: Update
-) -> list[Tensor]:
-    """Return the pieces whose scores reach a value; the best one of a tensor or group where none does."""
-    eligible = active if update.from_active else [torch.ones_like(a) for a in active]
-    found = sum_counts([(scores(i) >= value) & allowed for i, allowed in enumerate(eligible)], ranked)
-    counts = [max(n, min(1, most)) for n, most in zip(found, sum_counts(eligible, ranked), strict=True)]
-    for one, n, count in zip(ranked, found, counts, strict=True):
-        if count > n:
-            _tell(update, f"kept one piece of {one.name}, of which no score reaches {value:.6g}, the value of the threshold")
-    return _choose(recipe, ranked, scores, counts, eligible, update)
+    return not less and recipe.selection.counted and recipe.schedule.quantile is None
 
 
 def _solved(recipe: Recipe, ranked: Sequence[Ranked], counts: Sequence[int], update: Update) -> list[Tensor]:
@@ -154,7 +104,7 @@ def _solved(recipe: Recipe, ranked: Sequence[Ranked], counts: Sequence[int], upd
         solution = recipe.saliency.solve(update.observe(bound), count, pattern)
         update.weights[bound.name] = solution.weight
         for note in solution.notes:
-            _tell(update, note)
+            tell(update, note)
         keep.append(solution.keep)
     return keep
 
@@ -164,36 +114,13 @@ def starts_at_random(growth: Growth) -> bool:
     return isinstance(growth, DropAndGrow) and growth.initial_mask == "random"
 
 
-def _drop_and_grow(
-    recipe: Recipe,
-    growth: DropAndGrow,
-    ranked: Sequence[Ranked],
-    saliency: Scores,
-    counts: list[int],
-    active: Sequence[Tensor],
-    update: Update,
-) -> list[Tensor]:
-    """Drop the share that the growth component says of the active pieces, then grow up to the target counts."""
-    fraction = growth.fraction.at(update.progress)
-    now = sum_counts(active, ranked)
-    if recipe.allocation.joint:
-        now = [sum(now)]
-    if "survivors" in recipe.allocation.wants:
-        survivors = [min(n - dropped(fraction, n), count) for n, count in zip(now, counts, strict=True)]
-    else:
-        survivors = [min(n, count) for n, count in zip(now, counts, strict=True)]
-        survivors = [n - dropped(fraction, n) for n in survivors]
-    if recipe.allocation.joint:
-        survivors = [max(n, min(count, len(ranked))) for n, count in zip(survivors, counts, strict=True)]  # one a tensor can stay
-    keep = _choose(recipe, ranked, saliency, survivors, active, update)
-    free = [~k for k in keep]
-    more = [count - n for count, n in zip(counts, survivors, strict=True)]
-    grown = _choose(recipe, ranked, lambda i: ranked[i].score(growth, update.observe_growth), more, free, update, keep)
-    return [k | g for k, g in zip(keep, grown, strict=True)]
+def _counts(
+    recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], scores: Scores, update: Update, survivors: Sequence[int] | None
+) -> list[int]:
+    """Return the pieces to keep of each tensor or group, or one total when all are ranked together.
 
-
-def _counts(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], scores: Scores, update: Update) -> list[int]:
-    """Return the pieces to keep of each tensor or group, or one total when all are ranked together."""
+    ``survivors``: how many stay in each after a drop (all, where nothing is exchanged any more); None when the first masks are made.
+    """
     layers = [one.layer for one in ranked]
     now = sum_counts(active, ranked) if update.from_active else None
     allocation = recipe.allocation
@@ -206,16 +133,18 @@ def _counts(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], 
     if allocation.joint:
         if total < len(ranked):
             what = "group" if isinstance(recipe.granularity, Grouped) else "tensor"
-            _tell(update, f"kept {len(ranked)} pieces, one a {what}, where the sparsity {update.sparsity:.6g} asks for {total}")
+            tell(update, f"kept {len(ranked)} pieces, one a {what}, where the sparsity {update.sparsity:.6g} asks for {total}")
         return [max(total, len(ranked))]
-    evidence = _evidence(recipe, ranked, active, scores, update) if allocation.wants or allocation.statistics else None
+    evidence = _evidence(recipe, ranked, active, scores, update, survivors) if allocation.wants or allocation.statistics else None
     counts, raised = guard(allocation.keep(update.sparsity, layers, recipe.final_sparsity, evidence), layers)
     for name in raised:
-        _tell(update, f"kept one piece of {name}, which the allocation {allocation.name!r} would have emptied")
+        tell(update, f"kept one piece of {name}, which the allocation {allocation.name!r} would have emptied")
     return counts if now is None else _within(counts, now)
 
 
-def _evidence(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], scores: Scores, update: Update) -> Evidence:
+def _evidence(
+    recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor], scores: Scores, update: Update, survivors: Sequence[int] | None
+) -> Evidence:
     """Return what the allocation may look at; scores are computed once.
 
     Raises:
@@ -246,10 +175,6 @@ def _evidence(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor]
         parts = (ranked[i].readers or ranked[i].makers) if recipe.allocation.observes == "inputs" else ranked[i].scored
         return [update.observe_allocation(part.bound) for part in parts]
 
-    survivors = None
-    if isinstance(recipe.growth, DropAndGrow) and not update.first and update.grows:
-        fraction = recipe.growth.fraction.at(update.progress)
-        survivors = [n - dropped(fraction, n) for n in sum_counts(active, ranked)]
     uses = update.flops
     counted = uses is not None and update.dense_flops is not None
     return Evidence(
@@ -263,7 +188,7 @@ def _evidence(recipe: Recipe, ranked: Sequence[Ranked], active: Sequence[Tensor]
         observe=observe,
         seed=update.seed,
         step=update.step,
-        tell=lambda note: _tell(update, note),
+        tell=lambda note: tell(update, note),
     )
 
 
@@ -276,109 +201,3 @@ def _within(counts: list[int], limits: list[int]) -> list[int]:
         result[i] += more
         spare -= more
     return result
-
-
-def _choose(
-    recipe: Recipe,
-    ranked: Sequence[Ranked],
-    scores: Scores,
-    counts: list[int],
-    eligible: Sequence[Tensor | None],
-    update: Update,
-    taken: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """Return the best pieces: ``counts[i]`` of each tensor or group, or ``counts[0]`` of all of them together.
-
-    ``taken`` are pieces that are kept besides, so that none can be emptied.
-    """
-    lazy = [partial(scores, i) for i in range(len(ranked))]
-    names = [one.name for one in ranked]
-    forced = [_protected(recipe, one, score, allowed) for one, score, allowed in zip(ranked, lazy, eligible, strict=True)]
-    if not recipe.allocation.joint:
-        result = []
-        for i, one in enumerate(ranked):
-            if recipe.allocation.by_row:
-                result.append(_by_row(one, lazy[i](), counts[i], eligible[i]))
-                if (more := counts[i] - int(result[-1].sum())) > 0:
-                    _tell(update, f"masked {more} more weights of {one.name} than asked: some of its rows have no others that are active")
-                continue
-            result += _forced_select([lazy[i]], counts[i], [eligible[i]], [forced[i]], [one.name], one.processes)
-        return result
-    group = ranked[0].processes
-    if any(one.processes is not group for one in ranked):
-        raise InputError("allocation: global needs all target tensors sharded over the same processes")
-    counted = sum_counts([torch.ones(1) if e is None else e for e in eligible], ranked)  # a mask that was given may have emptied one
-    while True:
-        keep = _forced_select(lazy, counts[0], list(eligible), forced, names, group)
-        if taken is not None or counts[0] < len(ranked):
-            return keep
-        emptied = [i for i, n in enumerate(sum_counts(keep, ranked)) if n == 0 and counted[i]]
-        if not emptied:
-            return keep
-        for i in emptied:
-            _tell(update, f"kept one piece of {names[i]}, which the allocation {recipe.allocation.name!r} would have emptied")
-            forced[i] = select([lazy[i]], 1, eligible=[eligible[i]], names=[names[i]], group=group)[0]
-
-
-def _by_row(one: Ranked, scores: Tensor, count: int, eligible: Tensor | None) -> Tensor:
-    """Return the best weights of every output row, the same number of each but for a remainder: of one more in the first rows."""
-    bound = one.parts[0].bound
-    if bound.group is not None:
-        raise InputError(f"allocation.uniform: rows of {one.name} need the whole tensor, and it is sharded; say per: tensor")
-    values = scores if eligible is None else scores.masked_fill(~eligible, -torch.inf)
-    if bool(values.isnan().any()):
-        raise InputError(f"{one.name}: a score is NaN; its weights or statistics are not finite")
-    table = matrix(values, bound.layout)
-    rows = table.flatten(0, 1)
-    best = rows.argsort(dim=1, descending=True, stable=True)
-    places = torch.empty_like(best).scatter_(1, best, torch.arange(rows.shape[1], device=rows.device).expand_as(best))
-    keep = places < torch.tensor(row_counts(count, len(rows)), device=rows.device)[:, None]
-    chosen = from_matrix(keep.view(table.shape), bound.layout).reshape(scores.shape)
-    return chosen if eligible is None else chosen & eligible
-
-
-def _forced_select(
-    scores: Sequence[Callable[[], Tensor]],
-    keep: int,
-    eligible: Sequence[Tensor | None],
-    forced: Sequence[Tensor | None],
-    names: Sequence[str],
-    group: dist.ProcessGroup | None,
-) -> list[Tensor]:
-    """Select ``keep`` pieces, the forced ones first."""
-    if all(f is None for f in forced):
-        return select(scores, keep, eligible=eligible, names=names, group=group)
-    number = sum(int(f.sum()) for f in forced if f is not None)
-    if group is not None:
-        whole = torch.tensor(number, device=next(f.device for f in forced if f is not None))
-        dist.all_reduce(whole, group=group)
-        number = int(whole)
-    rest = [e if f is None else (~f if e is None else e & ~f) for e, f in zip(eligible, forced, strict=True)]
-    chosen = select(scores, max(keep - number, 0), eligible=rest, names=names, group=group)
-    return [c if f is None else c | f for c, f in zip(chosen, forced, strict=True)]
-
-
-def _protected(recipe: Recipe, one: Ranked, scores: Callable[[], Tensor], eligible: Tensor | None) -> Tensor | None:
-    """Return the pieces that the granularity keeps in any case (the N best of every group of M), or None."""
-    if recipe.granularity.sparsity is None:
-        return None
-    values = scores() if eligible is None else scores().masked_fill(~eligible, -torch.inf)
-    protected = one.parts[0].cut.protected(values)
-    return protected if protected is None or eligible is None else protected & eligible
-
-
-def sum_counts(pieces: Sequence[Tensor], ranked: Sequence[Ranked]) -> list[int]:
-    """Return how many pieces are True in each tensor or group, in all its shards."""
-    counts = [int(p.sum()) for p in pieces]
-    for group in dict.fromkeys(one.processes for one in ranked if one.processes is not None):
-        mine = [i for i, one in enumerate(ranked) if one.processes is group]
-        part = torch.tensor([counts[i] for i in mine], device=pieces[mine[0]].device)
-        dist.all_reduce(part, group=group)
-        for i, count in zip(mine, part.tolist(), strict=True):
-            counts[i] = count
-    return counts
-
-
-def _tell(update: Update, note: str) -> None:
-    if note not in update.notes:
-        update.notes.append(note)

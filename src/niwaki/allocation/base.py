@@ -117,6 +117,12 @@ class Allocation(Component):
         return None
 
     @property
+    def asked(self) -> dict[str, str]:
+        """What counts cannot be given without: field of the evidence -> what it is, in words."""
+        fields = self.wants | ({"dense_flops"} if "flops" in self.wants else set())
+        return {field: _WANTED[field] for field in sorted(fields - _NOT_ALWAYS)}
+
+    @property
     def by_row(self) -> bool:
         """Whether each layer's count is shared among the outputs of its tensor, by :func:`row_counts`."""
         return False
@@ -140,8 +146,7 @@ class Allocation(Component):
         if sparsity == final == 0.0 or not layers:
             return [layer.pieces for layer in layers]
         evidence = Evidence() if evidence is None else evidence
-        asked = (self.wants | ({"dense_flops"} if "flops" in self.wants else set())) - _NOT_ALWAYS
-        missing = sorted({_WANTED[field] for field in asked if getattr(evidence, field) is None})
+        missing = sorted({words for field, words in self.asked.items() if getattr(evidence, field) is None})
         if missing:
             raise InputError(f"allocation.{self.name}: it needs {' and '.join(missing)}")
         total, active = kept(sparsity, sum(layer.pieces for layer in layers)), sum(evidence.limits(layers))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from niwaki.allocation.base import Allocation
 from niwaki.allocation.layer import Layer
@@ -14,7 +16,10 @@ class Uniform(Allocation):
 
     Attributes:
         per: what is given the sparsity: each ``tensor``, or each ``row``, the weights of one output; the first rows of a tensor keep one
-            more where the count does not divide.
+            more where the count does not divide. While weights are exchanged, a tensor drops its lowest, and every row grows back to its
+            count (constant fan-in).
+        ablation: of rows while weights are exchanged: a row with fewer salient weights than this share of its count, and at least one,
+            loses all of them to the others. Salient are the weights that a drop leaves, and as many as grow of those that would first.
 
     >>> from niwaki.layout import Layout
     >>> layers = [Layer("a", Layout(("output", "input"), (3, 5)), 15), Layer("b", Layout(("output", "input"), (2, 3)), 6)]
@@ -24,11 +29,12 @@ class Uniform(Allocation):
 
     name = "uniform"
     equation = "s_l = S"
-    source = "the usual baseline; Zhu & Gupta 2017; of rows: Sun et al. 2024 (Wanda)"
+    source = "the usual baseline; Zhu & Gupta 2017; of rows: Sun et al. 2024 (Wanda); Lasby et al. 2024 (SRigL)"
     effort = "nothing"
     advice = "the baseline; layers that matter more than others, such as the first and the last, are better left out of the target"
 
     per: Literal["tensor", "row"] = "tensor"
+    ablation: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
 
     @property
     def by_row(self) -> bool:  # noqa: D102

@@ -16,7 +16,7 @@ from niwaki.calibration.labels import sampled_labels
 from niwaki.calibration.passes import Arguments, forward, require_finite
 from niwaki.calibration.run import NO_LOSS, Run, differentiable
 from niwaki.errors import InputError
-from niwaki.statistics import GradientBank, GradientSquare, GradientStatistic, Mean, Statistic
+from niwaki.statistics import GradientBank, GradientMean, GradientSquare, GradientStatistic, Mean, Statistic
 
 CHUNK = 32
 """How many gradients are taken at once."""
@@ -35,22 +35,26 @@ def gradient_statistics(run: Run, requests: Sequence[GradientStatistic]) -> dict
     run.require_whole()
     asked = requests[0]
     wanted = None if asked.gradients is None else share(asked.gradients)
-    squares = {one.name: Mean() for one in run.tensors}
+    means: dict[tuple[str, GradientStatistic], Mean] = {
+        (one.name, request): Mean() for one in run.tensors for request in requests if isinstance(request, GradientMean | GradientSquare)
+    }
     banks: dict[str, _Bank] = {}
     with_bank = any(isinstance(request, GradientBank) for request in requests)
     for gradients in gradients_of(run, asked, wanted):
         for one, rows in zip(run.tensors, gradients, strict=True):
             seen = rows if one.active is None else rows.masked_fill_(~one.active.reshape(one.parameter.shape), 0.0)
-            if any(isinstance(request, GradientSquare) for request in requests):
-                squares[one.name].update(seen.double().square().sum(dim=0), len(seen))
+            for request in requests:
+                if isinstance(request, GradientMean | GradientSquare):
+                    values = seen.double().square() if isinstance(request, GradientSquare) else seen.double()
+                    means[one.name, request].update(values.sum(dim=0), len(seen))
             if with_bank:
                 banks.setdefault(one.name, _Bank(wanted)).add(seen)
     found: dict[str, dict[Statistic, Any]] = {one.name: {} for one in run.tensors}
     for one in run.tensors:
         for request in requests:
-            if isinstance(request, GradientSquare):
-                squares[one.name].all_reduce()
-                found[one.name][request] = squares[one.name].value().reshape(one.layout.shape)
+            if (mean := means.get((one.name, request))) is not None:
+                mean.all_reduce()
+                found[one.name][request] = mean.value().reshape(one.layout.shape)
             else:
                 found[one.name][request] = gathered(banks[one.name].rows).reshape(-1, *one.layout.shape)
     return found

@@ -13,8 +13,11 @@ from niwaki.calibration.across import gathered, share
 from niwaki.calibration.passes import forward
 from niwaki.calibration.reading import before_reading, column_chunks, column_squares, entries, input_chunks
 from niwaki.calibration.run import Run, Watched
-from niwaki.layout import columns_view
+from niwaki.errors import InputError
+from niwaki.layout import columns_view, matrix
+from niwaki.masks import is_sharded
 from niwaki.statistics import (
+    Coactivity,
     Covariance,
     InputCovariance,
     InputGram,
@@ -117,6 +120,37 @@ class _ResponseReader(_Reader):
         return gathered(torch.cat(self.responses))
 
 
+class _CoactivityReader(_Reader):
+    """Products of outputs with columns, and the squares of both."""
+
+    def __init__(self, request: Coactivity, one: Watched) -> None:
+        super().__init__(request, one)
+        if is_sharded(one.parameter):
+            raise InputError(f"{one.name}: what its module puts out needs the whole weight, and it is sharded; choose another growth")
+        self.products, self.outputs, self.columns = Mean(), Mean(), Mean()
+
+    def look(self, module: nn.Module, inputs: Tensor) -> None:
+        if isinstance(module, nn.Embedding):
+            raise InputError(f"{self.one.name}: an embedding reads words, which are not active together; exclude it from the target")
+        weight = matrix(self.one.parameter.detach(), self.one.layout).double()
+        bias = module.bias.detach().double() if isinstance(module.bias, Tensor) else weight.new_zeros(())
+        for chunk in column_chunks(module, self.one.layout, inputs, self.one.name):
+            columns = chunk.double().movedim(0, 1)  # [groups, observations, columns]
+            outputs = columns @ weight.mT + (bias.view(len(weight), 1, -1) if bias.ndim else bias)
+            self.products.update(outputs.mT @ columns, len(chunk))
+            self.outputs.update(outputs.square().sum(dim=1), len(chunk))
+            self.columns.update(columns.square().sum(dim=1), len(chunk))
+
+    def value(self) -> Tensor:
+        for mean in (self.products, self.outputs, self.columns):
+            mean.all_reduce()
+        products = self.products.value()
+        if not self.request.normalized:
+            return products
+        sizes = (self.outputs.value()[:, :, None] * self.columns.value()[:, None, :]).sqrt()
+        return (products / sizes).where(sizes > 0, 0.0)
+
+
 Sums = Iterator[tuple[Tensor, int]]
 """Sums over observations, and of how many."""
 
@@ -152,4 +186,5 @@ _READERS: Mapping[type[Statistic], Callable[[Any, Watched], _Reader]] = {
     InputVariance: _VarianceReader,
     InputCovariance: _VarianceReader,
     InputResponses: _ResponseReader,
+    Coactivity: _CoactivityReader,
 }

@@ -2,8 +2,9 @@
 
 from niwaki.statistics.accumulators import Covariance, Mean
 from niwaki.statistics.base import Labels, Source, Statistic
-from niwaki.statistics.gradients import GradientBank, GradientSquare, GradientStatistic
+from niwaki.statistics.gradients import GradientBank, GradientMean, GradientSquare, GradientStatistic
 from niwaki.statistics.inputs import (
+    Coactivity,
     InputCovariance,
     InputGram,
     InputMean,
@@ -29,8 +30,10 @@ from niwaki.statistics.steps import InitialWeight, Momentum, Movement, PathSensi
 from niwaki.statistics.watching import StepAccumulator, accumulator
 
 __all__ = [
+    "Coactivity",
     "Covariance",
     "GradientBank",
+    "GradientMean",
     "GradientSquare",
     "GradientStatistic",
     "Hessian",

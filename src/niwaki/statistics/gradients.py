@@ -39,6 +39,15 @@ class GradientSquare(GradientStatistic):
 
 
 @dataclass(frozen=True)
+class GradientMean(GradientStatistic):
+    """Mean of ``g``; in the view, float64."""
+
+    def memory(self, layout: Layout) -> int:
+        """Return the bytes of one number a weight."""
+        return 8 * layout.elements
+
+
+@dataclass(frozen=True)
 class GradientBank(GradientStatistic):
     """The gradients themselves: ``[gradients, *view]``, float32 (float64 of a float64 model); of one rank after the other."""
 

@@ -91,3 +91,23 @@ class InputResponses(InputStatistic):
         """Say how many examples fit."""
         fitting = budget // max(8 * sum(layout.inputs for layout in layouts), 1)
         return f"examples: {fitting}" if fitting else ""
+
+
+@dataclass(frozen=True)
+class Coactivity(InputStatistic):
+    """Mean of ``y xᵀ``: what the weight's module puts out times the columns that it reads, ``[groups, rows, columns]``.
+
+    Outputs are those of the module itself, biases included, before any activation function. Not of transposed convolutions and
+    embeddings, nor of a weight that is spread over processes.
+
+    Attributes:
+        normalized: divide by the root of both mean squares: the cosine of the two responses, 0 where one of them is always 0.
+    """
+
+    columns: ClassVar[bool] = True
+
+    normalized: bool = False
+
+    def memory(self, layout: Layout) -> int:
+        """Return the bytes of one number a weight, and of one copy."""
+        return 2 * 8 * layout.elements
