@@ -10,9 +10,25 @@ from hypothesis import strategies as st
 from niwaki.clock import Clock, Time
 from niwaki.component import build
 from niwaki.errors import InputError
-from niwaki.schedule import Constant, Cosine, Cubic, Exponential, Iterative, Linear, Listed, MaskStability, OneShot, Phases
+from niwaki.schedule import (
+    Adaptive,
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Iterative,
+    Linear,
+    Listed,
+    MaskStability,
+    OneShot,
+    Phases,
+    Polynomial,
+    RisingLoss,
+    ThresholdRamp,
+    Validation,
+)
 
-RAMPS = [Linear, Cubic, Exponential, Cosine]
+RAMPS = [Linear, Cubic, Polynomial, Exponential, Cosine]
 CLOCK = Clock(total_steps=1000, steps_per_epoch=10, tokens_per_step=64)
 
 
@@ -54,6 +70,13 @@ def test_linear_and_cubic_are_their_polynomials(ramp, exact, initial, final, len
 def test_the_polynomial_test_can_tell_degrees_apart():
     assert cubic_exact(Fraction(0), Fraction(8, 10), Fraction(1, 2)) == Fraction(7, 10)
     assert Cubic(end="100 steps", every="50 steps").at(50, 0.8, CLOCK) == pytest.approx(0.7, abs=1e-15)
+
+
+@given(initial=sparsities, final=sparsities, degree=st.sampled_from([1, 2, 3, 4]), step=st.integers(1, 99))
+def test_a_polynomial_of_any_degree(initial, final, degree, step):
+    found = Polynomial(degree=degree, initial=initial, end="100 steps", every="1 steps").at(step, final, CLOCK)
+    left = Fraction(100 - step, 100) ** degree
+    assert abs(Fraction(found) - (Fraction(final) + (Fraction(initial) - Fraction(final)) * left)) < Fraction(1, 10**15)
 
 
 @given(initial=st.floats(0, 0.99), final=st.floats(0, 0.99), count=st.integers(2, 60))
@@ -347,3 +370,75 @@ def test_data_round_trip(data):
 
 def test_times_may_be_given_as_objects():
     assert OneShot(at=Time(3.0, "epochs")) == OneShot(at="3 epochs")
+
+
+# --- schedules that decide by what they see
+
+
+@given(losses=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30), most=st.floats(0.01, 0.99), gain=st.floats(0.01, 100))
+def test_the_adaptive_fraction_is_that_of_the_generalization_loss(losses, most, gain):
+    schedule = Adaptive(most=most, gain=gain)
+    for n in range(1, len(losses) + 1):
+        seen = losses[:n]
+        generalization_loss = 100 * (seen[-1] / min(seen) - 1)
+        expected = most * (1 - 1 / (1 + gain * generalization_loss))
+        found = schedule.fraction([Validation(loss) for loss in seen])
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-11)
+        assert (found > 0) == (seen[-1] > min(seen))
+
+
+def test_the_adaptive_fraction_at_the_published_settings():
+    """A loss that is half a per cent above the best asks for half of the most, a third of what is left."""
+    assert Adaptive().fraction([Validation(1.0), Validation(1.005)]) == pytest.approx(1 / 3, rel=1e-12)
+    assert Adaptive().fraction([Validation(0.0), Validation(1e-9)]) == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match=r"a loss of -1 mean nothing; give a loss that is never negative"):
+        Adaptive().fraction([Validation(-1.0)])
+
+
+@given(losses=st.lists(st.integers(0, 4).map(float), min_size=1, max_size=40))
+def test_a_rising_loss_prunes_and_then_waits_for_the_next_rise(losses):
+    schedule, seen, since, pruned = RisingLoss(first=0.5, then=0.25), [], None, 0
+    for loss in losses:
+        expected = 0.0
+        if since is not None and loss > since:
+            expected = 0.25 if pruned else 0.5
+            pruned += 1
+        since = None if expected else loss  # what was measured before a pruning says nothing about the network after it
+        fraction = schedule.fraction([*seen, Validation(loss)])
+        assert fraction == expected
+        seen.append(Validation(loss, fraction))
+
+
+@given(span=spans, every=st.integers(1, 90))
+def test_looks_are_regular_and_not_after_the_end(span, every):
+    begin, end = span
+    for schedule in (Adaptive, RisingLoss):
+        made = schedule(begin=steps(begin), end=steps(end), every=steps(every))
+        made.validate_with(CLOCK)
+        assert set(updates(made, 0.9, until=end + 100)) == set(range(begin, end + 1, every))
+        assert made.last(CLOCK) == max(range(begin, end + 1, every))
+
+
+@given(begin=st.integers(0, 50), rest=st.tuples(st.integers(0, 80), st.integers(0, 80)).filter(any), share=st.floats(0.01, 0.99))
+def test_thresholds_ramp_as_published(begin, rest, share):
+    """The published slopes theta and phi, for a q of 0.7 and any interval f, of which they are the same."""
+    ramp, end = begin + rest[0], begin + sum(rest)
+    schedule = ThresholdRamp(begin=steps(begin), ramp=steps(ramp), end=steps(end), every="7 steps", share=share)
+    schedule.validate_with(CLOCK)
+    assert schedule.quantile == share
+    assert set(updates(schedule, 0.0)) == {*range(begin, end, 7), end}
+    q, f = 0.7, 7
+    theta = 2 * q * f / (2 * (ramp - begin) + 3 * (end - ramp))
+    phi = 1.5 * theta
+    for step in updates(schedule, 0.0):
+        epsilon = theta * (step - begin + 1) / f if step < ramp else (theta * (ramp - begin + 1) + phi * (step - ramp + 1)) / f
+        assert q * schedule.threshold(step, CLOCK) == pytest.approx(epsilon, rel=1e-12)
+    steady = [schedule.threshold(step, CLOCK) for step in range(begin, end + 1)]
+    assert all(a < b for a, b in itertools.pairwise(steady))
+
+
+def test_the_ramp_of_thresholds_must_be_in_order():
+    with pytest.raises(InputError, match=r"ramp \(5 steps = step 5\) must lie between begin \(10 steps = step 10\) and end"):
+        ThresholdRamp(begin="10 steps", ramp="5 steps", end="20 steps").validate_with(CLOCK)
+    with pytest.raises(InputError, match=r"end .* must come after begin"):
+        ThresholdRamp(begin="20 steps", ramp="20 steps", end="20 steps").validate_with(CLOCK)

@@ -83,6 +83,7 @@ def test_movement_from_the_beginning():
     expected = {
         "magnitude_increase": [[2.0, -1.0], [0.0, 2.0]],
         "movement": [[4.0, 1.0], [0.0, 2.0]],
+        "large_final_same_sign": [[-3.0, 1.0], [0.5, 0.0]],
         "large_init": [[1.0, 2.0], [0.5, 0.0]],
         "small_init": [[-1.0, -2.0], [-0.5, 0.0]],
         "small_final": [[-3.0, -1.0], [-0.5, -2.0]],

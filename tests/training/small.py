@@ -13,8 +13,10 @@ from torch.utils.data import TensorDataset
 
 import niwaki
 from niwaki.recipe import Recipe
+from niwaki.recipe.stages import validates
 from niwaki.tasks import Data, Metric, Model, Task, Training
 from niwaki.training import Job, checkpoint, job
+from niwaki.training.loop import hold_out
 from niwaki.training.state import Interrupted, Trained
 from niwaki.training.trainer import Trainer
 
@@ -121,8 +123,13 @@ def trainer(text: str | None = None, *, task: Task | None = None, model: str | N
     task = task or plane()
     name, chosen = task.model(model)
     data, asked = task.data(None), recipe(text)
+    if asked is not None and validates(asked):
+        data = hold_out(data, 0.2, seed)
     training = Training.model_validate(chosen.training.model_dump() | settings)
-    return Trainer(task.build(name, data, seed), task, data, training, seed, asked, task.build(name, data, seed + 1).eval())
+    teacher = task.build(name, data, seed + 1).eval()
+    return Trainer(
+        task.build(name, data, seed), task, data, training, seed, asked, teacher, build=lambda stream: task.build(name, data, stream)
+    )
 
 
 def make(task: Task, method: str = "gmp", sparsity: float | None = 0.75, seed: int = 0, recipe: Recipe | None = None, **given: Any) -> Job:

@@ -12,7 +12,7 @@ from training.small import ELEMENTS, TARGETS, contents, make
 
 import niwaki
 from niwaki.errors import InputError, NiwakiError
-from niwaki.tasks import Model, Training
+from niwaki.tasks import Data, Model, Training
 from niwaki.training import job, read, run
 from niwaki.training import jobs as module
 from niwaki.training.baseline import Sitting
@@ -27,6 +27,24 @@ def trained_file(folder, seed=5, epochs=2):
     made.run()
     niwaki.save(made.model, folder / "trained.safetensors")
     return folder / "trained.safetensors", made.model.eval()
+
+
+# ---------------------------------------------------------------- before a run
+
+
+@pytest.mark.parametrize(
+    ("method", "looks"), [("owl", "the scores of all pieces"), ("amc", "a loss over data"), ("evolutionary", "a loss over data")]
+)
+def test_an_allocation_that_looks_at_what_is_not_known_yet_is_planned(small_task, method, looks):
+    [plan] = [plan for leaf, plan in make(small_task, method, sparsity=0.5).plans() if leaf.recipe.selects]
+    assert [one.keep for one in plan.tensors] == [None, None]
+    assert all(looks in one.why for one in plan.tensors)
+    assert plan.final_sparsity == 0.5
+
+
+def test_a_run_whose_allocation_looks_at_scores(small_task, tmp_path):
+    record = run(make(small_task, "l_obs", sparsity=0.5, epochs=20), tmp_path / "run")
+    assert record.measure("sparsity of the targets").sparse == 0.5
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -122,9 +140,9 @@ def test_the_teacher_is_the_dense_baseline(small_task, tmp_path, monkeypatch):
     teachers = []
     original = module.Job.trainer
 
-    def seen(self, model, recipe=None, teacher=None):
+    def seen(self, model, recipe=None, teacher=None, memory=None):
         teachers.append(teacher)
-        return original(self, model, recipe, teacher)
+        return original(self, model, recipe, teacher, memory)
 
     monkeypatch.setattr(module.Job, "trainer", seen)
     recipe = niwaki.Recipe(sparsity=0.5, objective={"distillation": {"weight": 0.9}})
@@ -405,3 +423,41 @@ def test_wall_times_are_of_all_sittings(small_task, tmp_path):
         math.isfinite(seconds) and seconds > 0
         for seconds in (record.measure("training time").dense, record.measure("training time").sparse)
     )
+
+
+# ---------------------------------------------------------------- examples to validate with
+
+
+def test_a_method_that_follows_a_validation_loss_holds_examples_out_of_both_trainings(small_task, tmp_path):
+    plain, watched = make(small_task, "gmp"), make(small_task, "lprune", sparsity=None)
+    assert plain.data.validation is None
+    assert (len(watched.data.train), len(watched.data.validation), len(watched.data.test)) == (180, 20, 90)
+    assert watched.data.test is not watched.data.validation
+    assert plain.choices.baseline() != watched.choices.baseline()
+    assert make(small_task, "autoprune", sparsity=None).choices.baseline() == watched.choices.baseline()
+    again = make(small_task, "lprune", sparsity=None, seed=1)
+    assert not torch.equal(again.data.validation.indices, watched.data.validation.indices)
+    record = run(watched, tmp_path / "run")
+    assert [note for note in record.results.notes if "20 examples that are not trained on" in note]
+    dense = {epoch.step for epoch in record.results.dense_history}
+    assert max(dense) == 4 * math.ceil(180 / 16)  # the baseline saw the 180 examples, too
+    asked = make(small_task, "lprune", sparsity=0.25)
+    assert asked.recipe.sparsity == 0.25
+    assert asked.recipe.schedule.name == "adaptive"
+
+
+def test_examples_to_validate_with_that_a_task_has_are_taken(small_task):
+    own = small.examples(30, 7)
+    task = small.plane(data=lambda folder: Data(small.examples(200, 0), small.examples(90, 1), validation=own))
+    made = make(task, "lprune", sparsity=None)
+    assert made.data.validation is own
+    assert len(made.data.train) == 200
+    assert made.data.fingerprint() != make(small_task, "gmp").data.fingerprint()
+    with pytest.raises(InputError, match="has no validation examples"):
+        make(small.plane(data=lambda folder: Data(small.examples(200, 0), own, validation=small.examples(0, 1))), "gmp")
+
+
+def test_a_job_knows_how_to_begin_anew(small_task, tmp_path):
+    recipe = niwaki.Recipe.from_yaml("stages: [{for: 1 epochs}, {prune: {fraction: 0.5}, restore: {weights: fresh}}, {for: 1 epochs}]")
+    record = run(make(small_task, recipe=recipe), tmp_path / "run")
+    assert record.measure("sparsity of the targets").sparse == 0.5

@@ -7,8 +7,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 from training import small
 
-from niwaki.tasks import Training
-from niwaki.training.loop import batches, evaluate, learning_rate_factor, make_optimizer, steps_per_epoch, targets
+from niwaki.tasks import Data, Training
+from niwaki.training.loop import Batches, batches, evaluate, hold_out, learning_rate_factor, make_optimizer, steps_per_epoch, targets
 
 
 def test_the_cosine_is_torchs():
@@ -28,6 +28,26 @@ def test_the_warm_up_rises_evenly_to_the_peak():
     assert learning_rate_factor(training, 22, 40) == pytest.approx(0.5)  # half of the 36 steps after it
     constant = Training(epochs=1, batch_size=1, warmup=0.1, learning_rate_schedule="constant")
     assert {learning_rate_factor(constant, step, 40) for step in range(4, 40)} == {1.0}
+
+
+def test_examples_that_are_held_out_are_a_share_of_the_training_ones():
+    data = Data(TensorDataset(torch.arange(23), torch.arange(23) * 10), TensorDataset(torch.arange(3), torch.arange(3)))
+    found = {}
+    for seed in range(40):
+        split = hold_out(data, 0.1, seed)
+        assert split.test is data.test
+        rest, held = (examples[torch.arange(len(examples))][0].tolist() for examples in (split.train, split.validation))
+        assert len(held) == 2
+        assert rest == sorted(set(range(23)) - set(held))
+        _, targets = split.train[torch.tensor([3, 0])]
+        assert targets.tolist() == [10 * rest[3], 10 * rest[0]]
+        found[seed] = tuple(held)
+    assert len(set(found.values())) > 30
+    assert {one for held in found.values() for one in held} == set(range(23))
+    assert hold_out(data, 0.1, 7).validation.indices.tolist() == list(found[7])
+    assert len(hold_out(data, 0.01, 0).validation) == 1
+    seen = [inputs.tolist() for inputs, _ in Batches(data.train, 10, torch.device("cpu"))]
+    assert seen == [list(range(10)), list(range(10, 20)), [20, 21, 22]]
 
 
 def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch():

@@ -135,15 +135,21 @@ def test_a_record_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("schema", ["niwaki.run/1", "niwaki.run/4", "niwaki.sweep/1", None, 2])
+@pytest.mark.parametrize("schema", ["niwaki.run/1", "niwaki.run/5", "niwaki.sweep/1", None, 2])
 def test_another_schema_version_is_refused(tmp_path, schema):
     data = record().model_dump(mode="json", by_alias=True) | {"schema": schema}
     (tmp_path / "run.json").write_text(json.dumps(data))
-    with pytest.raises(InputError, match=r"run\.json: its schema is .*, this version reads 'niwaki\.run/3'"):
+    with pytest.raises(InputError, match=r"run\.json: its schema is .*, this version reads 'niwaki\.run/4'"):
         read(tmp_path)
 
 
-def test_a_record_of_the_version_before_told_removed_tensors_alone(tmp_path):
+def test_a_record_of_the_version_before_did_not_tell_of_added_units(tmp_path):
+    data = record().model_dump(mode="json", by_alias=True) | {"schema": "niwaki.run/3"}
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    assert read(tmp_path) == record()
+
+
+def test_a_record_of_two_versions_before_told_removed_tensors_alone(tmp_path):
     data = record().model_dump(mode="json", by_alias=True) | {"schema": "niwaki.run/2"}
     data["results"]["removed"] = {"0.weight": {"0": [0, 2]}}
     (tmp_path / "run.json").write_text(json.dumps(data))
@@ -159,8 +165,8 @@ def test_a_record_of_the_version_before_told_removed_tensors_alone(tmp_path):
         ('{"schema": ' + "[" * 100_000, "cannot be read as JSON"),
         ("[]", "its schema is None"),
         ("{}", "its schema is None"),
-        ('{"schema": "niwaki.run/3"}', "identity: Field required"),
-        ('{"schema": "niwaki.run/3", "identity": 5}', "identity: "),
+        ('{"schema": "niwaki.run/4"}', "identity: Field required"),
+        ('{"schema": "niwaki.run/4", "identity": 5}', "identity: "),
     ],
 )
 def test_a_record_that_is_none_is_told_in_one_line(tmp_path, text, said):

@@ -41,13 +41,35 @@ stages:
 - {prune: {fraction: 0.3, granularity: input_channel}, finish: shrink}
 - {for: 7 steps, sparsity: 0.8, growth: gradient, schedule: {constant: {every: 2 steps}}}
 """
+WIDEN = """
+stages:
+- {for: 9 steps, sparsity: 0.5, granularity: input_channel, schedule: {one_shot: {at: 5 steps}}, finish: shrink}
+- {for: 4 steps, finish: {widen: {factor: 1.5, by: BY}}}
+- {for: 5 steps, sparsity: 0.6, granularity: input_channel, schedule: {one_shot: {at: 2 steps}}, finish: shrink}
+- {finish: {widen: {flops: 0.9, by: new}}}
+- {for: 7 steps, sparsity: 0.8, growth: gradient, schedule: {constant: {every: 2 steps}}}
+"""
 LOUD = small.plane(loss=lambda outputs, targets: 1e4 * functional.cross_entropy(outputs, targets))
 """Its gradients overflow in float16 until the scaler has come down."""
 
 RATIO = "stages: [{repeat: 2, stages: [{for: 5 steps, granularity: channel, penalty: {group_lasso: {ratio: 0.2}}}]}]"
 
+UNTIL = (
+    "stages: [{for: 1 run, until: masks_stable, sparsity: 0.5, schedule: {mask_stability: {every: 2 steps, window: 3, distance: 0.03}}},"
+    " {for: 9 steps}]"
+)
+ADAPTIVE = "{allocation: global, schedule: {NAME: {every: 2 steps, end: 0.9 run}}}"
+RAMP = "{schedule: {threshold_ramp: {begin: 4 steps, ramp: 0.4 run, end: 0.7 run, every: 3 steps, share: 0.6}}}"
+BEGIN_ANEW = (
+    "stages: [{save: initial}, {for: 5 steps}, {prune: {fraction: 0.5}, restore: {weights: fresh, optimizer: fresh}}, {for: 4 steps},"
+    " {restore: {weights: initial, as: signs}}, {for: 4 steps}]"
+)
+
 SUITABLE = {
     "network_slimming": {"model": "norms"},
+    "morphnet": {"model": "norms"},
+    "bn_ista": {"model": "norms"},
+    "polarization": {"model": "norms"},
     "early_bird_channels": {"model": "norms", "epochs": 4},
     "head_importance": {"model": "attention"},
     "layerdrop": {"model": "attention"},
@@ -79,6 +101,11 @@ CASES = {
     "lottery ticket": (TICKET.replace("OPTIMIZER", "fresh"), {"ema": 0.9}),
     "rewinding the optimizer too": (TICKET.replace("OPTIMIZER", "ticket"), {"optimizer": "adamw", "learning_rate": 0.01}),
     "stages": (STAGED, {}),
+    "until the masks are stable": (UNTIL, {}),
+    "adaptive": (ADAPTIVE.replace("NAME", "adaptive"), {}),
+    "rising loss": (ADAPTIVE.replace("NAME", "rising_loss"), {"model": "dropout"}),
+    "rising thresholds": (RAMP, {}),
+    "fresh weights and signs": (BEGIN_ANEW, {"ema": 0.9}),
     "strength from a ratio": (RATIO, {}),
     **{
         name: (method.recipe.to_yaml(), SUITABLE.get(name, {}))
@@ -87,6 +114,8 @@ CASES = {
     },
     "shrinking": (SHRINK, {"optimizer": "adamw", "learning_rate": 0.01}),
     "shrinking with an average": (SHRINK, {"ema": 0.9}),
+    "widening by splitting": (WIDEN.replace("BY", "split"), {"optimizer": "adamw", "learning_rate": 0.01}),
+    "widening by bridges, with an average": (WIDEN.replace("BY", "bridging"), {"ema": 0.9, "model": "plain"}),
 }
 
 
@@ -140,7 +169,7 @@ def test_a_training_that_forgets_a_part_of_its_state_differs(tmp_path):
         elif part == "losses":
             state["losses"] = state["losses"][1:]
         elif part == "snapshots":
-            state["snapshots"]["ticket"]["model"] = state["model"]
+            state["snapshots"]["ticket"]["weights"]["model"] = state["model"]
         else:
             state[part] = getattr(fresh, part).state_dict()
         fresh.load(state)

@@ -9,7 +9,11 @@ from training import small
 from training.small import ELEMENTS, TARGETS, trainer
 
 import niwaki
+from niwaki.counter import key
+from niwaki.errors import InputError
+from niwaki.tasks import Model, Training
 from niwaki.training.loop import batches
+from niwaki.training.trainer import Trainer
 
 STEPS = 13
 """Of an epoch."""
@@ -425,3 +429,204 @@ def test_a_model_that_cannot_be_made_smaller_stays_masked_and_is_told():
     assert "finish: shrink removed nothing" in done.notes
     assert any(note.startswith("0: 12 masked units were not removed: with 12 of 24 the model") for note in done.notes)
     assert not any("smaller" in note for note in done.notes)
+
+
+# ---------------------------------------------------------------- stages that end early
+
+WAITING = "mask_stability: {every: 2 steps, end: 1 run, window: 3, distance: DISTANCE}"
+EARLY = f"{{for: 2 run, until: masks_stable, sparsity: 0.5, allocation: global, schedule: {{{WAITING}}}}}"
+
+
+def test_a_stage_ends_with_the_step_at_which_its_masks_are_stable():
+    """The ticket then trains for its whole time, with the learning rate from its start."""
+    made, done, rates, states, masks = followed(f"stages: [{EARLY.replace('DISTANCE', '0.02')}, {{for: 1 run}}]", epochs=2)
+    first = next(i for i, found in enumerate(masks) if found.sparsity)  # the step that is taken under the new masks
+    assert 4 <= first < 51
+    assert [(s.begin, s.end) for s in done.stages] == [(0, first + 1), (first + 1, first + 27)]
+    assert done.stages[0].says == (
+        "stage 1: train for 2 run at most, until the masks are stable; sparsity 0.5; allocation global;"
+        " schedule mask_stability end 1 run, every 2 steps, window 3, distance 0.02"
+    )
+    assert rates == pytest.approx([cosine(s, 52) for s in range(first + 1)] + [cosine(s, 26) for s in range(26)])
+    assert made.total_steps == made.now.step == first + 27
+    assert all(found == masks[first] for found in masks[first:])
+    assert done.history[-1].step == first + 27
+    assert [epoch.stage for epoch in done.history] == sorted(epoch.stage for epoch in done.history)
+
+    # An oracle of the distances: the largest weights before each even step.
+    candidates = []
+    for step in range(0, first + 1, 2):
+        before = states[step - 1] if step else small.weights(made.task.build("small", made.data, 0))
+        flat = torch.cat([before[name].abs().flatten() for name in TARGETS])
+        candidate = torch.zeros(ELEMENTS, dtype=torch.bool)
+        candidate[torch.sort(flat, descending=True, stable=True).indices[: ELEMENTS // 2]] = True
+        candidates.append(candidate)
+    stable = [
+        n for n in range(2, len(candidates)) if all(float((candidates[n] != candidates[n - k]).double().mean()) < 0.02 for k in (1, 2))
+    ]
+    assert stable == [first // 2]
+    assert torch.equal(torch.cat([masks[first][name].flatten() for name in TARGETS]), candidates[-1])
+
+
+def test_a_stage_whose_masks_are_never_stable_takes_its_whole_time():
+    text = f"stages: [{EARLY.replace('DISTANCE', '1e-9')}, {{for: 1 run}}]"
+    _, done, _, _, _ = followed(text, epochs=2, learning_rate_schedule="constant", learning_rate=0.5)
+    assert [(s.begin, s.end) for s in done.stages] == [(0, 52), (52, 78)]
+    assert done.masks.active == ELEMENTS // 2
+
+
+def test_a_ticket_that_is_found_early_is_smaller_from_then_on():
+    channels = "granularity: channel, target: {weights: {include: [0.weight, 3.weight]}}"
+    text = f"stages: [{EARLY.replace('DISTANCE', '0.05')[:-1]}, {channels}, finish: shrink}}, {{for: 1 run}}]"
+    made, done, _, _, _ = followed(text, epochs=2, model="norms")
+    assert made.model[0].out_features + made.model[3].out_features <= 20
+    assert done.stages[0].end < 52
+    assert made.total_steps == done.stages[0].end + 26
+    assert done.removed
+
+
+# ---------------------------------------------------------------- new random weights, and signs
+
+
+def test_fresh_weights_are_those_of_a_new_model_under_the_same_masks():
+    text = "stages: [{for: 5 steps}, {prune: {fraction: 0.5}, restore: {weights: fresh, optimizer: fresh}}, {for: 4 steps}]"
+    made, done, _, states, masks = followed(text, epochs=2)
+    fresh = made.task.build("small", made.data, key(0, 2, "fresh weights"))
+    initial = made.task.build("small", made.data, 0)
+    # The first step from there, by hand.
+    with torch.no_grad():
+        for name, mask in done.masks.items():
+            fresh.get_parameter(name).mul_(mask)
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=cosine(5, 26), momentum=0.9, weight_decay=5e-4)
+    inputs, labels = list(batches(made.data.train, 16, 0, 1))[5]
+    functional.cross_entropy(fresh(inputs), labels).backward()
+    for name, mask in done.masks.items():
+        fresh.get_parameter(name).grad.mul_(mask)
+    optimizer.step()
+    for name, value in fresh.state_dict().items():
+        torch.testing.assert_close(states[5][name], value * done.masks[name] if name in TARGETS else value, rtol=1e-5, atol=1e-7)
+    assert done.masks == masks[5]
+    assert done.masks.active == ELEMENTS // 2
+    for name in TARGETS:
+        kept = done.masks[name]
+        assert not torch.equal(states[5][name][kept].sign(), initial.get_parameter(name)[kept].sign())
+
+
+def test_fresh_weights_differ_from_stage_to_stage_and_from_seed_to_seed():
+    text = "stages: [{restore: {weights: fresh}}, {save: one}, {restore: {weights: fresh}}, {for: 1 steps}]"
+    found = []
+    for seed in (0, 1):
+        made = trainer(text, epochs=1, seed=seed, learning_rate=1e-30, weight_decay=0.0)
+        first = made.task.build("small", made.data, seed).state_dict()["0.weight"].clone()
+        made.run()
+        found += [first, made.snapshots["one"]["weights"]["model"]["0.weight"], made.model.state_dict()["0.weight"]]
+    assert len({tuple(weight.flatten().tolist()) for weight in found}) == 6
+
+
+def test_fresh_weights_fit_a_model_that_was_made_smaller():
+    text = f"stages: [{{for: 5 steps, {HALF}, finish: shrink}}, {{restore: {{weights: fresh}}}}, {{for: 3 steps}}]"
+    made, _, _, _, _ = followed(text, epochs=2)
+    assert made.model[0].out_features == 12
+    built = made.task.build("small", made.data, key(0, 2, "fresh weights"))
+    kept = made.removed.tensors["0.weight"]["0"]
+    assert built.get_parameter("0.weight")[kept].shape == made.model[0].weight.shape
+
+
+def test_fresh_weights_must_be_random():
+    text = "stages: [{for: 5 steps}, {restore: {weights: fresh}}]"
+
+    def always_the_same(data):
+        torch.manual_seed(5)
+        return small.network(data)
+
+    task = small.plane(models={"small": Model(always_the_same, Training(epochs=1, batch_size=16))})
+    with pytest.raises(InputError, match=r"^restore: weights 'fresh' are random ones, and this model is always built with the same"):
+        trainer(text, task=task)
+    made = trainer(None)
+    with pytest.raises(InputError, match=r"^restore: weights 'fresh' need a way to build the model anew"):
+        Trainer(made.model, made.task, made.data, made.training, 0, small.recipe(text))
+
+
+def test_signs_of_the_initial_weights_with_one_size_for_each_layer():
+    """The supermask study's signed constants: sign(w_0) times the standard deviation of the layer's initial weights, where the mask is."""
+    text = "stages: [{save: initial}, {for: 9 steps}, {prune: {fraction: 0.6}, restore: {weights: initial, as: signs}}]"
+    made, done, _, states, _ = followed(text, epochs=2)
+    initial = made.task.build("small", made.data, 0)
+    trained = torch.cat([states[-1][name].abs().flatten() for name in TARGETS])
+    assert done.masks.active == round(0.4 * ELEMENTS)
+    for name, value in made.model.state_dict().items():
+        start = initial.state_dict()[name]
+        if name in TARGETS:
+            size = start.double().numpy().std()
+            sign = torch.where(start > 0, 1.0, -1.0)
+            torch.testing.assert_close(value, (sign * size).float().masked_fill(~done.masks[name], 0.0), rtol=1e-6, atol=0)
+            assert value[done.masks[name]].abs().unique().numel() == 1
+        else:
+            assert torch.equal(value, start), name  # what is not masked, batch normalization's buffers too
+    assert trained.unique().numel() > 100
+
+
+def test_signs_need_masks():
+    with pytest.raises(InputError, match=r"^restore: as 'signs' is about tensors that are masked, and nothing is masked yet"):
+        trainer("stages: [{save: initial}, {for: 2 steps}, {restore: {weights: initial, as: signs}}]").run()
+
+
+def test_buffers_that_the_model_does_not_save_go_back_too():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            if self.training:
+                self.seen += len(x)
+            return x
+
+    def build(data):
+        return torch.nn.Sequential(torch.nn.Linear(6, 4), Counting(), torch.nn.Linear(4, 2))
+
+    task = small.plane(models={"counting": Model(build, Training(epochs=1, batch_size=16, threads=1))})
+    made = trainer("stages: [{for: 3 steps, save: a}, {for: 4 steps}, {restore: {weights: a}}]", task=task)
+    made.run()
+    assert made.model[1].seen == 48
+
+
+# ---------------------------------------------------------------- following the validation loss
+
+
+def test_validation_examples_are_held_out_of_the_training_ones_and_nothing_else_is_looked_at():
+    text = "{schedule: {adaptive: {every: 4 steps, gain: 0.05}}, allocation: global}"
+    made = trainer(text, epochs=4)
+    train, validation = made.data.train.indices, made.data.validation.indices
+    assert len(validation) == 40
+    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(200))
+    assert made.data.validation.examples is made.data.train.examples
+    done = made.run()
+    assert f"schedule 'adaptive' follows the loss of {len(validation)} examples that are not trained on" in done.notes
+    [told] = [note for note in done.notes if "looks" in note]
+    assert f"to a sparsity of {done.masks.sparsity:.4g}" in told
+    again = trainer(text, epochs=4, seed=1)
+    assert not torch.equal(again.data.validation.indices, validation)
+
+
+def test_the_loss_that_is_followed_is_that_of_the_validation_examples():
+    text = "{schedule: {rising_loss: {every: 4 steps, end: 1 run}}, allocation: global}"
+    made, losses = trainer(text, epochs=4, model="plain"), []  # without the statistics of a batch normalization, which the step moves
+
+    def hear(step, total, epoch):
+        if step % 4 == 0:  # what the look before the next step will see
+            inputs, labels = made.data.validation[torch.arange(40)]
+            with torch.no_grad():
+                losses.append(float(functional.cross_entropy(made.model.eval()(inputs), labels)))
+        looks[:] = [look.loss for look in made.sparsifier._selector.schedule_state.validations]
+
+    looks = []
+    made.run(progress=hear)
+    assert len(looks) == len(losses) == 10  # before steps 0, 4, ... 36, and after steps 4, 8, ... 40
+    assert looks[1:] == pytest.approx(losses[:-1], rel=1e-6)
+
+
+def test_validation_examples_that_are_missing_are_told():
+    made = trainer(None)
+    with pytest.raises(InputError, match=r"^schedule: 'adaptive' follows the loss of validation examples, and the data have none"):
+        Trainer(made.model, made.task, made.data, made.training, 0, small.recipe("{schedule: adaptive}"))

@@ -34,6 +34,13 @@ def test_settings_of_the_training_are_axes_too():
     assert [point.training for point in found] == settings
 
 
+def test_one_file_holds_several_sweeps():
+    found = read("task: digits\nseed: [0, 1]\nruns:\n- {method: gmp, sparsity: 0.5}\n- {method: [str, rigl], seed: 7, epochs: 2}\n")
+    expected = [("gmp", 0.5, 0, {}), ("gmp", 0.5, 1, {}), ("str", None, 7, {"epochs": 2}), ("rigl", None, 7, {"epochs": 2})]
+    assert [(point.method, point.sparsity, point.seed, point.training) for point in found] == expected
+    assert {point.task for point in found} == {"digits"}
+
+
 def test_a_point_says_what_was_asked():
     (point,) = read("task: digits\nmethod: gmp\nfrom: a.safetensors\nepochs: 2\n")
     assert str(point) == "task digits, method gmp, from a.safetensors, epochs 2"
@@ -60,6 +67,12 @@ def test_a_point_says_what_was_asked():
         ("task: digits\nmethod: {gmp: 1}\n", "method: "),
         ("task: digits\nmethod: [[gmp]]\n", "method: "),
         ("task: [digits\n", "line 2"),
+        ("task: digits\nruns: []\n", "runs: expected a list of fields"),
+        ("task: digits\nruns: {method: gmp}\n", "runs: expected a list of fields"),
+        ("task: digits\nruns: [gmp]\n", "runs: expected a list of fields"),
+        ("task: digits\nruns: [{method: gmp}, {methods: gmp}]\n", "runs[1]: unknown field 'methods'"),
+        ("task: digits\nruns: [{seed: 1}]\n", "runs[0]: method: this field is required"),
+        ("task: digits\nmethod: gmp\nruns: [{runs: [{seed: 1}]}]\n", "runs[0]: unknown field 'runs'"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line_that_names_the_field(text, said):
@@ -207,14 +220,23 @@ sys.stdin.read()
 
 
 def finished(run, dense, sparse, sparsity):
-    """A record with nothing but two measures, not validated."""
-    from niwaki.training.record import Measure, Record, Results
+    """A record with nothing but a few measures and two epochs, not validated."""
+    from niwaki.training.record import Epoch, Measure, Record, Results
 
     measures = [
         Measure(name="accuracy", unit="share", definition="", dense=dense, sparse=sparse),
         Measure(name=sweep.SPARSITY, unit="share", definition="", dense=0, sparse=sparsity),
+        Measure(name="active parameters", unit="weights", definition="", dense=1000, sparse=1000 - 900 * sparsity),
+        Measure(name="training FLOPs", unit="number", definition="", dense=1.0, sparse=0.25),
+        Measure(name="forward FLOPs", unit="FLOPs", definition="", dense=2000.0, sparse=300.0),
     ]
-    return Record.model_construct(identity="", choices=run.choices, results=Results.model_construct(measures=measures))
+    epochs = [
+        Epoch(epoch=e, step=10 * e, train_loss=1.0, learning_rate=0.1, metrics={"accuracy": a, "other": 0.0}, sparsity=0.0)
+        for e, a in ((1.0, sparse / 2), (1.5, sparse))
+    ]
+    return Record.model_construct(
+        identity="", choices=run.choices, results=Results.model_construct(measures=measures, sparse_history=epochs)
+    )
 
 
 def test_the_summary_is_over_seeds():
@@ -236,7 +258,15 @@ def test_the_summary_is_over_seeds():
     data = sweep.to_data(runs, found)
     assert [row["status"] for row in data["runs"]] == ["done"] * 4 + ["failed", "interrupted"]
     assert data["runs"][4]["error"] == "no"
-    assert json.loads(json.dumps(data)) == data
+    assert data["runs"][4]["found"] is None
+    assert data["runs"][3]["found"] == {
+        "sparsity": 0.9, "active_parameters": 190.0, "training_flops": 0.25, "forward_flops": 300.0, "dense_forward_flops": 2000.0,
+        "epochs": 1.5, "history": [0.45, 0.9],
+    }  # fmt: skip
+    text = sweep.to_text(data)
+    assert json.loads(text) == data
+    assert [json.loads(line.rstrip(",")) for line in text.splitlines() if '"folder"' in line] == data["runs"]
+    assert json.loads(sweep.to_text(sweep.to_data([], []))) == {"schema": sweep.SCHEMA, "runs": [], "summary": []}
 
 
 def test_a_folder_that_cannot_take_its_run_fails_that_run_alone(tmp_path):

@@ -138,5 +138,5 @@ def test_weights_to_start_from_that_cannot_be_had_are_named(small_task, tmp_path
 
 
 def test_a_recipe_with_parts_to_come_is_refused(small_task):
-    with pytest.raises(InputError, match="this version of Niwaki cannot run yet: saliency 'signal_to_noise'"):
-        make(small_task, recipe=niwaki.Recipe(sparsity=0.5, saliency="signal_to_noise"))
+    with pytest.raises(InputError, match="this version of Niwaki cannot run yet: objective 'adversarial'"):
+        make(small_task, recipe=niwaki.Recipe(sparsity=0.5, objective="adversarial"))

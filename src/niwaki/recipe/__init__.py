@@ -2,6 +2,6 @@
 
 from niwaki.recipe.fields import Prune, Restore, Slots, Stage
 from niwaki.recipe.recipe import Recipe
-from niwaki.recipe.vocabulary import DEFAULTS, Selection, Threshold, TopK
+from niwaki.recipe.vocabulary import DEFAULTS
 
-__all__ = ["DEFAULTS", "Prune", "Recipe", "Restore", "Selection", "Slots", "Stage", "Threshold", "TopK"]
+__all__ = ["DEFAULTS", "Prune", "Recipe", "Restore", "Slots", "Stage"]

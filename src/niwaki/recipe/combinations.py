@@ -11,9 +11,11 @@ from niwaki.component import REGISTRY, Component, Missing
 from niwaki.gradient import Superset
 from niwaki.granularity import Grouped
 from niwaki.growth import DropAndGrow
-from niwaki.relaxation import Dropout, Relaxation
-from niwaki.saliency import GroupSaliency, Saliency
+from niwaki.relaxation import Dropout, Gate, Moment, Relaxation
+from niwaki.relaxation.thresholds import LearnedThreshold
+from niwaki.saliency import GroupSaliency, Saliency, SignalToNoise
 from niwaki.schedule import Constant, Listed, OneShot, Phases, Ramp
+from niwaki.selecting import Drawn
 
 if TYPE_CHECKING:
     from niwaki.recipe.fields import Slots
@@ -70,6 +72,12 @@ def fixed_sparsity(recipe: Slots) -> tuple[str, float] | None:
     if known(recipe.allocation) and recipe.allocation.budget is not None:
         return f"allocation.{recipe.allocation.name}", 1.0 - recipe.allocation.budget
     return None
+
+
+def compares(recipe: Slots) -> bool:
+    """Return whether scores are compared with values, so that no allocation can share out how many pieces stay."""
+    schedule = known(recipe.schedule) and recipe.schedule.quantile is not None
+    return schedule or (known(recipe.selection) and not recipe.selection.counted)
 
 
 def _choices(slot: str, accepted: Callable[[type[Component]], bool]) -> str:
@@ -137,18 +145,17 @@ def strength_decides(recipe: Slots, given: Collection[str]) -> str | None:
         return f"{useless}: has no effect, as the strength of relaxation {name!r} decides; drop it, or add sparsity for a final cut"
     if isinstance(recipe.schedule, OneShot) and not _is_at_start(recipe) and "score" in recipe.saliency.needs:
         return None
-    return (
-        f"sparsity: the strength of relaxation {name!r} decides it; drop it, or make a final exact cut with saliency: score and"
-        " schedule: {one_shot: {at: 1 run}}"
-    )
+    cut = ", or make a final exact cut with saliency: score and schedule: {one_shot: {at: 1 run}}" if recipe.relaxation.has_scores else ""
+    return f"sparsity: the strength of relaxation {name!r} decides it; drop it{cut}"
 
 
 def score_is_learned(recipe: Slots, given: Collection[str]) -> str | None:
     """A learned score needs a relaxation that learns one."""
-    if "score" not in recipe.saliency.needs or recipe.relaxation.has_scores:
+    trait, what = ("posterior", "a variance") if isinstance(recipe.saliency, SignalToNoise) else ("has_scores", "scores")
+    if "score" not in recipe.saliency.needs or getattr(recipe.relaxation, trait):
         return None
     saliency, relaxation = recipe.saliency.name, recipe.relaxation.name
-    return f"saliency: {saliency!r} needs a relaxation that learns scores, not {relaxation!r}; choices: {_relaxations('has_scores')}"
+    return f"saliency: {saliency!r} needs a relaxation that learns {what}, not {relaxation!r}; choices: {_relaxations(trait)}"
 
 
 def score_is_used(recipe: Slots, given: Collection[str]) -> str | None:
@@ -185,7 +192,8 @@ def growth_is_reached(recipe: Slots, given: Collection[str]) -> str | None:
     """Growth happens at updates after the first."""
     if recipe.growth.name == "none" or not isinstance(recipe.schedule, OneShot):
         return None
-    return f"growth: {recipe.growth.name!r} needs a schedule that updates again, and 'one_shot' does not; choices: {_updating_schedules()}"
+    choices = _choices("schedule", lambda cls: cls.name not in ("one_shot", "mask_stability") and not getattr(cls, "decides"))  # noqa: B009
+    return f"growth: {recipe.growth.name!r} needs a schedule that updates again, and 'one_shot' does not; choices: {choices}"
 
 
 def growth_keeps_pattern(recipe: Slots, given: Collection[str]) -> str | None:
@@ -236,7 +244,7 @@ def falling_sparsity_grows(recipe: Slots, given: Collection[str]) -> str | None:
 def gradient_has_weights(recipe: Slots, given: Collection[str]) -> str | None:
     """A pruned weight can learn only if something keeps it; no weight may learn only if scores do."""
     gradient, relaxation = recipe.gradient.name, recipe.relaxation.name
-    if gradient == "active":
+    if not recipe.gradient.needs_dense_weights:
         return None
     if not recipe.relaxation.keeps_dense_weights:
         choices = f"active, or relaxation {_relaxations('keeps_dense_weights')}"
@@ -261,17 +269,60 @@ def superset_is_larger(recipe: Slots, given: Collection[str]) -> str | None:
 
 def threshold_decides(recipe: Slots, given: Collection[str]) -> str | None:
     """Where scores are compared with a value, nothing else can say how many pieces go, or bring some back."""
-    if recipe.selection.name != "threshold":
+    if recipe.selection.counted:
         return None
+    name = recipe.selection.name
     if recipe.final_sparsity is not None:
         field = "sparsity" if recipe.sparsity is not None else "granularity" if recipe.granularity.sparsity is not None else "schedule"
-        return f"{field}: how many pieces go is decided by the value of selection 'threshold'; drop one of them"
+        return f"{field}: how many pieces go is decided by the value of selection {name!r}; drop one of them"
     if "allocation" in given:
-        return "allocation: has no effect, as selection 'threshold' compares every score with the same value; drop it"
+        return f"allocation: has no effect, as selection {name!r} compares every score with a value; drop it"
     if recipe.growth.name != "none":
-        return f"growth: {recipe.growth.name!r} needs a count of pieces, which selection 'threshold' has not; choices: none"
+        return f"growth: {recipe.growth.name!r} needs a count of pieces, which selection {name!r} has not; choices: none"
     if not isinstance(recipe.schedule, OneShot | Constant):
-        return f"schedule: {recipe.schedule.name!r} says how sparse, and selection 'threshold' decides that; choices: constant, one_shot"
+        return f"schedule: {recipe.schedule.name!r} says how sparse, and selection {name!r} decides that; choices: constant, one_shot"
+    return None
+
+
+def schedule_decides(recipe: Slots, given: Collection[str]) -> str | None:
+    """Where a schedule measures how much is to go, nothing else can say it, and what goes stays away."""
+    schedule, growth, granularity = recipe.schedule.name, recipe.growth.name, recipe.granularity.name
+    if not recipe.schedule.decides:
+        return None
+    if recipe.granularity.sparsity is not None:
+        return f"granularity: {granularity!r} fixes the sparsity, and schedule {schedule!r} decides it; drop one of them"
+    if recipe.allocation.budget is not None:
+        allocation = recipe.allocation.name
+        return f"allocation: {allocation!r} decides how many pieces go, and so does schedule {schedule!r}; drop one of them"
+    if growth != "none":
+        return f"growth: {growth!r} needs a sparsity to keep, and schedule {schedule!r} measures how much goes; choices: none"
+    if recipe.gradient.name == "superset":
+        return f"gradient: 'superset' needs a sparsity to be below, and schedule {schedule!r} measures what goes; choices: active, dense"
+    return None
+
+
+def validation_sees_weights(recipe: Slots, given: Collection[str]) -> str | None:
+    """A validation loss is of the weights as they are at an update, not as a relaxation has drawn them for a step."""
+    if not recipe.schedule.validates or not (recipe.relaxation.decides or recipe.relaxation.samples):
+        return None
+    choices = _choices("relaxation", lambda cls: not (getattr(cls, "decides") or getattr(cls, "samples")))  # noqa: B009
+    return (
+        f"relaxation: {recipe.relaxation.name!r} gives each step other weights, and schedule {recipe.schedule.name!r} follows the loss of"
+        f" those that are there at an update; choices: {choices}"
+    )
+
+
+def thresholds_decide(recipe: Slots, given: Collection[str]) -> str | None:
+    """Where the scores of each tensor are compared with its threshold, nothing else counts."""
+    schedule = recipe.schedule.name
+    if recipe.schedule.quantile is None:
+        return None
+    if recipe.final_sparsity is not None:
+        return f"sparsity: how many pieces go is decided by the thresholds of schedule {schedule!r}; drop one of them"
+    if "allocation" in given:
+        return f"allocation: has no effect, as schedule {schedule!r} has a threshold for each tensor; drop it"
+    if recipe.saliency.solves:
+        return f"saliency: {recipe.saliency.name!r} needs a count of weights, and schedule {schedule!r} has thresholds; choose another"
     return None
 
 
@@ -317,9 +368,10 @@ def similar_units_share_a_tensor(recipe: Slots, given: Collection[str]) -> str |
 def pieces_are_groups(recipe: Slots, given: Collection[str]) -> str | None:
     """A norm of a single weight is its size."""
     assert recipe.penalty is not None
-    if not recipe.penalty.grouped or recipe.granularity.name not in ("element", "n_m"):
+    grouped = next((penalty for penalty in recipe.penalty.penalties if penalty.grouped), None)
+    if grouped is None or recipe.granularity.name not in ("element", "n_m"):
         return None
-    penalty, granularity = recipe.penalty.name, recipe.granularity.name
+    penalty, granularity = grouped.name, recipe.granularity.name
     choices = "channel, output_channel or another granularity, or penalty: l1"
     return f"penalty: {penalty!r} is about pieces of several weights, and granularity {granularity!r} has single ones; choices: {choices}"
 
@@ -336,10 +388,10 @@ def rescaling_is_linear(recipe: Slots, given: Collection[str]) -> str | None:
 
 def units_share_masks(recipe: Slots, given: Collection[str]) -> str | None:
     """A relaxation that decides weight by weight would cut through units."""
-    if not isinstance(recipe.granularity, Grouped) or not recipe.relaxation.decides:
+    if not isinstance(recipe.granularity, Grouped) or not recipe.relaxation.decides or isinstance(recipe.relaxation, Gate):
         return None
     relaxation, granularity = recipe.relaxation.name, recipe.granularity.name
-    choices = _choices("relaxation", lambda cls: not getattr(cls, "decides"))  # noqa: B009
+    choices = _choices("relaxation", lambda cls: issubclass(cls, Gate) or not getattr(cls, "decides"))  # noqa: B009
     return (
         f"relaxation: {relaxation!r} decides weight by weight, and a unit of granularity {granularity!r} has one mask; choices: {choices}"
     )
@@ -348,9 +400,101 @@ def units_share_masks(recipe: Slots, given: Collection[str]) -> str | None:
 def penalty_has_superset(recipe: Slots, given: Collection[str]) -> str | None:
     """The exploration penalty is about the superset."""
     assert recipe.penalty is not None
-    if recipe.penalty.name != "exploration_l2" or recipe.gradient.name == "superset":
+    if all(penalty.name != "exploration_l2" for penalty in recipe.penalty.penalties) or recipe.gradient.name == "superset":
         return None
     return f"penalty: 'exploration_l2' needs gradient: {{superset: {{sparsity: S}}}}, not {recipe.gradient.name!r}"
+
+
+def penalty_has_relaxation(recipe: Slots, given: Collection[str]) -> str | None:
+    """Only some relaxations have gates, probabilities, posteriors or thresholds."""
+    assert recipe.penalty is not None
+    for penalty in recipe.penalty.penalties:
+        if penalty.reads in WHAT_RELAXATIONS_HAVE and not _has(type(recipe.relaxation), penalty.reads):
+            reads = penalty.reads
+            choices = _choices("relaxation", lambda cls: issubclass(cls, Relaxation) and _has(cls, reads))  # noqa: B023
+            what, relaxation = WHAT_RELAXATIONS_HAVE[penalty.reads], recipe.relaxation.name
+            return f"penalty: {penalty.name!r} is of the relaxation's {what}, and {relaxation!r} has none; choices: relaxation {choices}"
+        if penalty.reads == "gate" and penalty.apply != "gradient" and not _trains_gates(recipe.relaxation):
+            return (
+                f"penalty.{penalty.name}.apply: {penalty.apply!r} is of numbers that are trained themselves, and relaxation"
+                f" {recipe.relaxation.name!r} computes its gates; choices: apply: gradient, or relaxation: factor"
+            )
+    return None
+
+
+WHAT_RELAXATIONS_HAVE = {
+    "gate": "gates",
+    "active": "probabilities of being active",
+    "divergence": "divergences from a prior",
+    "threshold": "learned thresholds",
+}
+"""What a penalty reads of a relaxation -> in words."""
+
+HOOKS = {"gate": "gates", "active": "expected_active", "divergence": "divergence"}
+"""What a penalty reads -> the method of a relaxation that returns it for weights."""
+
+
+def _has(relaxation: type[Relaxation], reads: str) -> bool:
+    if reads == "threshold":
+        return issubclass(relaxation, LearnedThreshold)
+    if issubclass(relaxation, Gate):
+        return reads == "gate" or getattr(relaxation, f"gate_{reads}") is not getattr(Gate, f"gate_{reads}")
+    return getattr(relaxation, HOOKS[reads]) is not getattr(Relaxation, HOOKS[reads])
+
+
+def _trains_gates(relaxation: Relaxation) -> bool:
+    """Return whether the gates are themselves own parameters."""
+    if not isinstance(relaxation, Gate):
+        return False
+    own = relaxation.initial_parameters((1,), Moment(""))
+    return any(relaxation.gate_soft(own, Moment("")) is value for value in own.values())
+
+
+def penalty_moves_weights(recipe: Slots, given: Collection[str]) -> str | None:
+    """Weights that do not learn are not pulled either."""
+    assert recipe.penalty is not None
+    penalty = next((penalty for penalty in recipe.penalty.penalties if penalty.reads == "weight"), None)
+    if penalty is None or recipe.gradient.weights_learn:
+        return None
+    return f"penalty: {penalty.name!r} pulls weights, and gradient {recipe.gradient.name!r} lets none learn; choices: active, dense"
+
+
+def pruned_weights_are_pulled(recipe: Slots, given: Collection[str]) -> str | None:
+    """What is pruned can decay only where it is kept and learns."""
+    assert recipe.penalty is not None
+    if all(penalty.name != "sr_ste" for penalty in recipe.penalty.penalties):
+        return None
+    if recipe.selects and recipe.relaxation.keeps_dense_weights and recipe.gradient.name == "dense":
+        return None
+    return "penalty: 'sr_ste' is of pruned weights that learn; it needs a sparsity, relaxation: latent and gradient: dense"
+
+
+def compression_has_a_target(recipe: Slots, given: Collection[str]) -> str | None:
+    """A copy that is compressed to a share needs the share, and no mask before both are the same."""
+    assert recipe.penalty is not None
+    if all(getattr(penalty, "compress", None) != "top_k" for penalty in recipe.penalty.penalties):
+        return None
+    if recipe.final_sparsity is None:
+        return "sparsity: missing; penalty 'learning_compression' draws the weights to a copy with that share of zeros"
+    if not _is_at_start(recipe):
+        return None
+    return (
+        "schedule: 'one_shot' at the start masks before penalty 'learning_compression' has drawn the weights to where they are to be;"
+        " choices: {one_shot: {at: 1 run}}"
+    )
+
+
+def scales_cost_as_units(recipe: Slots, given: Collection[str]) -> str | None:
+    """What a scale costs is what its unit costs."""
+    assert recipe.penalty is not None
+    for penalty in recipe.penalty.penalties:
+        weigh = getattr(penalty, "weigh", "none")
+        if penalty.reads == "norm" and weigh != "none" and not isinstance(recipe.granularity, Grouped):
+            return (
+                f"penalty.{penalty.name}.weigh: {weigh!r} of a scale is that of its unit, and granularity {recipe.granularity.name!r} has"
+                " no units; choices: granularity: channel, or weigh: none"
+            )
+    return None
 
 
 def layers_are_solved(recipe: Slots, given: Collection[str]) -> str | None:
@@ -378,9 +522,80 @@ def rows_are_of_weights(recipe: Slots, given: Collection[str]) -> str | None:
     """Rows are shared out among single weights."""
     if not recipe.allocation.by_row or not recipe.selects:
         return None
-    if recipe.granularity.name == "element" and recipe.selection.name == "top_k" and not recipe.growth.grows:
+    if recipe.granularity.name != "element" or not recipe.selection.counted:
+        return "allocation.uniform.per: 'row' is of single weights that are counted; choices: per: tensor, or granularity element"
+    ablation = getattr(recipe.allocation, "ablation", None)
+    if ablation is not None and not recipe.growth.grows:
+        choices = _choices("growth", lambda cls: bool(getattr(cls, "grows")))  # noqa: B009
+        return f"allocation.uniform.ablation: rows are ablated while weights are exchanged; growth choices: {choices}"
+    return None
+
+
+def ablation_has_rows(recipe: Slots, given: Collection[str]) -> str | None:
+    """What is ablated are rows."""
+    if getattr(recipe.allocation, "ablation", None) is None or recipe.allocation.by_row:
         return None
-    return "allocation.uniform.per: 'row' is of single weights that are not exchanged; choices: per: tensor, or granularity element"
+    return "allocation.uniform.ablation: it is of rows; say per: row, or drop it"
+
+
+def hysteresis_remembers(recipe: Slots, given: Collection[str]) -> str | None:
+    """What falls below the low value can only reach the high one where its weights live on."""
+    if recipe.selection.name != "hysteresis" or recipe.relaxation.keeps_dense_weights:
+        return None
+    relaxation = recipe.relaxation.name
+    return f"selection: 'hysteresis' brings weights back by their values, which relaxation {relaxation!r} forgets; choices: latent"
+
+
+def draws_are_free(recipe: Slots, given: Collection[str]) -> str | None:
+    """A selection by chance cannot keep what others count exactly, or choose."""
+    selection = recipe.selection
+    if not isinstance(selection, Drawn):
+        return None
+    if recipe.saliency.solves:
+        return f"selection: {selection.name!r} has no effect, as saliency {recipe.saliency.name!r} chooses the masks; drop it"
+    if recipe.schedule.quantile is not None:
+        return f"selection: {selection.name!r} draws a count, and schedule {recipe.schedule.name!r} has thresholds; drop one of them"
+    counts = "growth" if recipe.growth.grows else "granularity" if recipe.granularity.sparsity is not None else None
+    counts = "allocation" if counts is None and recipe.allocation.by_row else counts
+    if selection.name == "bernoulli" and counts is not None:
+        other = getattr(recipe, counts).name
+        return f"selection: 'bernoulli' draws every piece by itself, and {counts} {other!r} counts them; choices: gumbel, top_k"
+    return None
+
+
+def rewiring_never_rests(recipe: Slots, given: Collection[str]) -> str | None:
+    """A weight that crosses zero goes at once, and its sign is its own."""
+    if recipe.growth.name != "rewiring":
+        return None
+    schedule, granularity = recipe.schedule, recipe.granularity.name
+    always = isinstance(schedule, Constant) and (schedule.begin.value, str(schedule.end), str(schedule.every)) == (0, "1 run", "1 steps")
+    if not always:
+        return "schedule: growth 'rewiring' acts after every step; choices: {constant: {every: 1 steps, end: 1 run}}"
+    if granularity != "element":
+        return f"granularity: growth 'rewiring' is of single weights, which have a sign, not of pieces of {granularity!r}; choices: element"
+    if "gradient" in recipe.allocation.wants:
+        return f"allocation: {recipe.allocation.name!r} looks at gradients, and growth 'rewiring' acts after the step; choose another"
+    return None
+
+
+def locality_has_connections(recipe: Slots, given: Collection[str]) -> str | None:
+    """Units of whole networks have no two ends."""
+    if recipe.growth.name != "locality" or not isinstance(recipe.granularity, Grouped):
+        return None
+    granularity = recipe.granularity.name
+    return f"growth: 'locality' is about connections between units, and granularity {granularity!r} has units; choices: element, kernel"
+
+
+def gradients_are_of_the_model(recipe: Slots, given: Collection[str]) -> str | None:
+    """Gradients that are selected are those of the weights that the model computes with, and their share must be known."""
+    if recipe.gradient.name != "selected":
+        return None
+    if recipe.relaxation.keeps_dense_weights:
+        relaxation = recipe.relaxation.name
+        return f"gradient: 'selected' is of the weights themselves, not of those behind relaxation {relaxation!r}; choices: hard"
+    if getattr(recipe.gradient, "sparsity", None) is None and recipe.final_sparsity is None:
+        return "gradient.selected.sparsity: missing; say what share takes no gradient, or give the recipe a sparsity"
+    return None
 
 
 def survivors_are_hard(recipe: Slots, given: Collection[str]) -> str | None:
@@ -456,7 +671,15 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Slots, Collection[str]], str | Non
     (("gradient", "relaxation"), gradient_has_weights),
     (("gradient",), superset_is_larger),
     (("penalty", "gradient"), penalty_has_superset),
+    (("penalty", "gradient"), penalty_moves_weights),
+    (("penalty", "relaxation"), penalty_has_relaxation),
+    (("penalty", "relaxation", "gradient"), pruned_weights_are_pulled),
+    (("penalty", "schedule"), compression_has_a_target),
+    (("penalty", "granularity"), scales_cost_as_units),
     (("granularity", "schedule", "selection", "growth"), threshold_decides),
+    (("granularity", "allocation", "schedule", "growth", "gradient"), schedule_decides),
+    (("schedule", "relaxation"), validation_sees_weights),
+    (("schedule", "granularity", "saliency"), thresholds_decide),
     (("schedule", "growth", "gradient"), stability_is_final),
     (("selection", "granularity", "saliency"), scores_are_of_units),
     (("saliency", "granularity", "selection"), similar_units_share_a_tensor),
@@ -465,6 +688,12 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Slots, Collection[str]], str | Non
     (("relaxation", "granularity"), rescaling_is_linear),
     (("selection", "saliency", "granularity", "allocation", "normalization", "growth", "relaxation"), layers_are_solved),
     (("allocation", "granularity", "selection", "growth"), rows_are_of_weights),
+    (("allocation",), ablation_has_rows),
+    (("selection", "relaxation"), hysteresis_remembers),
+    (("selection", "saliency", "schedule", "growth", "granularity", "allocation"), draws_are_free),
+    (("growth", "schedule", "granularity", "allocation"), rewiring_never_rests),
+    (("growth", "granularity"), locality_has_connections),
+    (("gradient", "relaxation"), gradients_are_of_the_model),
     (("compensation", "saliency", "granularity", "relaxation", "schedule"), survivors_are_hard),
     (("selection", "growth", "allocation"), redistribution_grows),
     (("saliency", "allocation", "selection"), coresets_are_whole),

@@ -13,6 +13,7 @@ from niwaki.component import Component
 from niwaki.errors import InputError
 from niwaki.recipe import combinations
 from niwaki.recipe import vocabulary as v
+from niwaki.recipe.finish import FinishField
 from niwaki.recipe.strict import Strict
 
 RESERVED = ("keep", "fresh")
@@ -68,8 +69,10 @@ class Slots(Strict):
 
     @property
     def selects(self) -> bool:
-        """Whether pieces are masked by their scores: a count of them, or those below a threshold."""
-        return self.final_sparsity is not None or isinstance(self.selection, v.Threshold)
+        """Whether pieces are masked by their scores: a count of them, those below a threshold, or what the schedule asks for."""
+        decided = combinations.known(self.schedule) and self.schedule.decides
+        uncounted = combinations.known(self.selection) and not self.selection.counted
+        return self.final_sparsity is not None or uncounted or decided
 
     @property
     def acts(self) -> bool:
@@ -91,6 +94,8 @@ class Slots(Strict):
     def components(self) -> Iterator[tuple[str, Component]]:
         """Yield every slot that has an effect, with its component."""
         unused = set() if self.selects else set(combinations.RANKING) - self.given
+        if combinations.compares(self):
+            unused = {"allocation"} - self.given
         for slot in v.DEFAULTS:
             component = getattr(self, slot)
             if component is not None and slot not in unused:
@@ -98,19 +103,29 @@ class Slots(Strict):
 
 
 class Restore(Strict):
-    """What goes back to an earlier snapshot: each a snapshot's name, ``keep``, or (the optimizer) ``fresh``."""
+    """What goes back to an earlier snapshot: each a snapshot's name, ``keep``, or (weights and optimizer) ``fresh``.
+
+    Attributes:
+        weights: and buffers; ``fresh`` ones are random, as those of a new model of another seed.
+        as_: ``values``; or ``signs``: of every masked tensor the signs, times the standard deviation of the snapshot's weights (Zhou, Lan,
+            Liu, Yosinski 2019). What is not masked takes its values. In recipes it is called ``as``.
+        optimizer: its whole state.
+        learning_rate: the position in its schedule.
+    """
 
     weights: str = "keep"
+    as_: Literal["values", "signs"] = Field(default="values", alias="as")
     optimizer: str = "keep"
     learning_rate: str = "keep"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if all(getattr(self, field) == "keep" for field in type(self).model_fields):
+        if self.as_ == "signs" and self.weights in RESERVED:
+            raise InputError("as: 'signs' are those of a snapshot's weights; name it in weights")
+        if all(getattr(self, field) == "keep" for field in ("weights", "optimizer", "learning_rate")):
             raise InputError("restores nothing; name a snapshot for weights, optimizer or learning_rate")
-        for field in ("weights", "learning_rate"):
-            if getattr(self, field) == "fresh":
-                raise InputError(f"{field}: 'fresh' is for the optimizer; name a snapshot, or choose keep")
+        if self.learning_rate == "fresh":
+            raise InputError("learning_rate: 'fresh' is for weights and optimizer; name a snapshot, or choose keep")
         return self
 
     def snapshots(self) -> list[str]:
@@ -135,8 +150,9 @@ class Prune(Strict):
         if combinations.known(self.granularity) and self.granularity.sparsity is not None:
             name = self.granularity.name
             raise InputError(f"granularity: {name!r} fixes the sparsity, so a fraction of what is left has no meaning; drop prune")
-        if isinstance(self.selection, v.Threshold):
-            raise InputError("selection: 'threshold' decides how many pieces go, so a fraction has no meaning; drop one of them")
+        if combinations.known(self.selection) and not self.selection.counted:
+            name = self.selection.name
+            raise InputError(f"selection: {name!r} decides how many pieces go, so a fraction has no meaning; drop one of them")
         if "score" in self.saliency.needs or combinations.watches_steps(self.saliency):
             raise InputError(f"saliency: {self.saliency.name!r} is learned while training, and prune comes after it; choose another")
         if combinations.known(self.allocation) and self.allocation.budget is not None:
@@ -147,23 +163,25 @@ class Prune(Strict):
 class Stage(Slots):
     """One part of a recipe: it trains (``for``) as its slots say, then prunes, saves, restores and finishes, as far as it says so.
 
-    A stage with ``stages`` runs those, ``repeat`` times. A slot that a stage does not fill is filled by the recipe around it.
+    With ``until: masks_stable`` it trains no longer than until its schedule finds the masks stable and lets them act. A stage with
+    ``stages`` runs those, ``repeat`` times. A slot that a stage does not fill is filled by the recipe around it.
     """
 
     must_mask = False
 
     for_: TimeField | None = Field(default=None, alias="for")
+    until: Literal["masks_stable"] | None = None
     repeat: Annotated[int, Field(ge=1, strict=True)] = 1
     stages: tuple[Stage, ...] | None = None
     prune: Prune | None = None
     save: Annotated[str, Field(min_length=1)] | None = None
     restore: Restore | None = None
-    finish: Literal["shrink"] | None = None
+    finish: FinishField = None
 
     @model_serializer(mode="wrap")
     def _in_reading_order(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = write(self)
-        return {key: data[key] for key in sorted(data, key=lambda key: key not in ("for", "for_", "repeat"))}
+        return {key: data[key] for key in sorted(data, key=lambda key: key not in ("for", "for_", "until", "repeat"))}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -172,6 +190,8 @@ class Stage(Slots):
             raise InputError("does nothing; say what it is for, such as {for: 1 run}")
         if self.for_ is not None and self.for_.value == 0:
             raise InputError("for: a stage must last longer than nothing")
+        if self.until is not None and self.for_ is None and self.stages is None:
+            raise InputError("until: ends a stage early, so say how long it lasts at most, such as for: 1 run")
         if self.stages == ():
             raise InputError("stages: needs at least one stage")
         if self.repeat > 1 and self.stages is None:
@@ -217,6 +237,8 @@ def in_words(stage: Stage) -> str:
     """Return what a stage without stages does, as it says it: ``train for 1 run; prune 20 % of what is active; save ticket``."""
     data = stage.to_data()
     words = [f"train for {data.pop('for')}"] if "for" in data else []
+    if data.pop("until", None) is not None:
+        words[0] += " at most, until the masks are stable"
     if stage.prune is not None:
         settings = settings_in_words({field: value for field, value in data["prune"].items() if field != "fraction"})
         data["prune"] = f"{100 * stage.prune.fraction:.6g} % of what is active" + (f" ({settings})" if settings else "")

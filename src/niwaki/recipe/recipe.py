@@ -125,6 +125,8 @@ class Recipe(Slots):
 
             return fit(self, clock)
         self.schedule.validate_with(clock)
+        if self.penalty is not None:
+            self.penalty.validate_with(clock)
         last = self.schedule.last(clock)
         if clock.total_steps is not None and last > clock.total_steps:
             raise InputError(
@@ -151,11 +153,15 @@ class Recipe(Slots):
         if self.final_sparsity is not None:
             ends_dense = not isinstance(self.schedule, Missing) and self.schedule.final(self.final_sparsity) == 0.0 < self.final_sparsity
             when = "in the sparse phases, nothing at the end" if ends_dense else "at the end"
-            lines.append(f"sparsity: {100 * self.final_sparsity:.6g} % of the target is masked {when}.")
+            most = "at most " if combinations.known(self.schedule) and self.schedule.decides else ""
+            lines.append(f"sparsity: {most}{100 * self.final_sparsity:.6g} % of the target is masked {when}.")
         if self.stages is not None:
             lines += [line for i, stage in enumerate(self.stages, 1) for line in _describe_stage(stage, str(i))]
             return lines + [_sentence(slot, c) for slot, c in self.components() if slot in self.given]
-        if self.final_sparsity is None and self.selects:
+        if self.final_sparsity is None and self.selects and self.schedule.decides:
+            by = "the validation loss" if self.schedule.validates else "the scores, which it compares with thresholds"
+            lines.append(f"sparsity: decided by the schedule {combinations.name_of(self.schedule)} and {by}.")
+        elif self.final_sparsity is None and self.selects:
             lines.append(
                 f"sparsity: decided by the scores, which the selection {combinations.name_of(self.selection)} compares with a value."
             )
@@ -194,6 +200,7 @@ def _check_stages(stages: tuple[Stage, ...], shared: dict[str, Any], saved: set[
             _raise_first(filled, given)
             _require_prunable(filled)
             _require_time(filled, given)
+            _require_waiting(filled)
             _require_whole(filled)
         except InputError as error:
             raise InputError(f"{here}.{error}") from None
@@ -203,7 +210,7 @@ def _check_stages(stages: tuple[Stage, ...], shared: dict[str, Any], saved: set[
             if name not in saved:
                 raise InputError(f"{here}.restore: no earlier stage saves {name!r}; {did_you_mean(name, {*saved, *RESERVED})}")
         if stage.finish is not None:
-            saved.clear()  # they are of the larger model
+            saved.clear()  # they are of a model of another size
 
 
 def _require_prunable(stage: Stage) -> None:
@@ -229,11 +236,18 @@ def _require_time(stage: Stage, given: Collection[str]) -> None:
         raise InputError(f"for: missing; the schedule {name!r} takes time, so say how long, such as for: 1 run, or choose one_shot")
 
 
+def _require_waiting(stage: Stage) -> None:
+    """Refuse to wait for stable masks where nothing looks at how stable they are."""
+    waits = stage.selects and combinations.known(stage.schedule) and stage.schedule.candidates
+    if stage.until is not None and not waits:
+        raise InputError("until: 'masks_stable' needs a sparsity and a schedule that waits for stable masks; choices: mask_stability")
+
+
 def _require_whole(stage: Stage) -> None:
     """Refuse to take out of a model what a stage masks in pieces that are no channels."""
     granularity = stage.prune.granularity if stage.prune is not None else stage.granularity
     masks = stage.prune is not None or stage.selects
-    if stage.finish is not None and masks and granularity.name in NOT_WHOLE:
+    if stage.finish == "shrink" and masks and granularity.name in NOT_WHOLE:
         choices = "granularity channel, head, layer, group, input_channel, output_channel"
         raise InputError(f"finish: 'shrink' removes whole channels, not pieces of {granularity.name!r}; choices: {choices}")
 

@@ -11,6 +11,7 @@ from niwaki.errors import InputError
 from niwaki.objective import Objective
 from niwaki.recipe.combinations import RANKING
 from niwaki.recipe.fields import Prune, Restore, Slots, Stage, in_words
+from niwaki.recipe.finish import FinishField
 from niwaki.recipe.recipe import Recipe
 from niwaki.schedule import OneShot
 from niwaki.selection import kept
@@ -32,6 +33,7 @@ class Leaf:
         where: its field of the recipe, for errors; empty for a recipe without stages.
         recipe: what acts while it trains; may mask nothing (see ``acts``).
         length: how long it trains; None when it does not.
+        until: whether it ends earlier, as soon as the masks that its schedule waits for act.
         prune: with the slots around it filled in.
         save: the name under which the state is kept.
         restore: what goes back to a kept state.
@@ -43,10 +45,11 @@ class Leaf:
     where: str
     recipe: Recipe
     length: Time | None = None
+    until: Literal["masks_stable"] | None = None
     prune: Prune | None = None
     save: str | None = None
     restore: Restore | None = None
-    finish: Literal["shrink"] | None = None
+    finish: FinishField = None
 
     @property
     def acts(self) -> bool:
@@ -91,6 +94,11 @@ def unroll(recipe: Recipe) -> tuple[Leaf, ...]:
         return (Leaf(1, "train for 1 run", "", recipe, Time(1.0, "run")),)
     around = {field: getattr(recipe, field) for field in recipe.given - {"stages"}}
     return tuple(replace(leaf, number=i) for i, leaf in enumerate(_unroll(recipe.stages, around, "stage ", "", ""), 1))
+
+
+def validates(recipe: Recipe) -> str | None:
+    """Return the schedule of a stage that follows the loss of examples that are not trained on, or None where no stage does."""
+    return next((leaf.recipe.schedule.name for leaf in unroll(recipe) if leaf.recipe.selects and leaf.recipe.schedule.validates), None)
 
 
 def then_shrink(recipe: Recipe) -> Recipe:
@@ -186,7 +194,7 @@ def _leaf(stage: Stage, around: Mapping[str, Any], says: str, where: str) -> Lea
         slots = {slot: component for slot, component in slots.items() if slot == "objective"}
     elif not filled.selects:  # the ranking of the recipe around it, which this stage has no use for
         slots = {slot: component for slot, component in slots.items() if slot not in RANKING}
-    return Leaf(0, says, where, StageRecipe(**slots), stage.for_, filled.prune, stage.save, stage.restore, stage.finish)
+    return Leaf(0, says, where, StageRecipe(**slots), stage.for_, stage.until, filled.prune, stage.save, stage.restore, stage.finish)
 
 
 def _prefixed(where: str, message: str) -> str:

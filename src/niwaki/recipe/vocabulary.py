@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator
 
 from niwaki.allocation import Allocation
 from niwaki.compensation import Compensation
@@ -22,39 +22,8 @@ from niwaki.penalty import Penalty
 from niwaki.relaxation import Relaxation
 from niwaki.saliency import Saliency
 from niwaki.schedule import Schedule
+from niwaki.selecting import Selection
 from niwaki.target import Target
-
-
-class Selection(Component):
-    """Base of the slot ``selection``: how scores and a count become a mask."""
-
-    slot = "selection"
-
-
-class TopK(Selection):
-    """Keep exactly as many pieces as asked, the best scored; equal scores keep the lower (parameter order, flat index)."""
-
-    name = "top_k"
-    equation = "M = 1 for the round((1 - S) N) largest scores, else 0"
-    source = "Hagiwara 1993; Han, Pool, Tran, Dally 2015; tie rule of this library"
-
-
-class Threshold(Selection):
-    """Keep the pieces whose score reaches a value, however many they are; one piece a tensor or group stays.
-
-    How sparse the model gets is decided by what the scores become, so the recipe has no sparsity, and no allocation.
-
-    Attributes:
-        value: the lowest score that is kept.
-    """
-
-    name = "threshold"
-    equation = "M = 1 where s >= value, else 0"
-    source = "Wen, Wu, Wang, Chen, Li 2016 (SSL); Lym et al. 2019 (PruneTrain)"
-    single_field = "value"
-
-    value: Annotated[float, Field(allow_inf_nan=False)]
-
 
 DEFAULTS: dict[str, str | None] = {
     "target": "weights",

@@ -71,6 +71,7 @@ class Magnitude(Saliency):
 CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "movement": lambda final, initial: (final - initial).abs(),
     "magnitude_increase": lambda final, initial: final.abs() - initial.abs(),
+    "large_final_same_sign": lambda final, initial: final * initial.sign(),
     "large_init": lambda final, initial: initial.abs(),
     "small_init": lambda final, initial: -initial.abs(),
     "small_final": lambda final, initial: -final.abs(),
@@ -82,7 +83,8 @@ class FromInit(Saliency):
     """Where the weights of a piece are, compared with where they began.
 
     ``movement``: \\|w - w_0\\|; ``magnitude_increase``: \\|w\\| - \\|w_0\\|, the best of those that were compared for finding lottery
-    tickets; ``large_init``: \\|w_0\\|. ``small_init`` and ``small_final`` are controls: the negatives of sizes. (``large_final`` is
+    tickets; ``large_final_same_sign``: w sign(w_0), which ranks signs that have changed last, for masks of weights that keep only their
+    initial signs; ``large_init``: \\|w_0\\|. ``small_init`` and ``small_final`` are controls: the negatives of sizes. (``large_final`` is
     ``magnitude``.) w_0 is the weight when the sparsifier was built.
 
     Source: Zhou, Lan, Liu, Yosinski 2019 (supermasks).
@@ -102,7 +104,9 @@ class FromInit(Saliency):
     advice = "lottery tickets, and to see what training has moved"
     single_field = "criterion"
 
-    criterion: Literal["magnitude_increase", "movement", "large_init", "small_init", "small_final"] = "magnitude_increase"
+    criterion: Literal["magnitude_increase", "movement", "large_final_same_sign", "large_init", "small_init", "small_final"] = (
+        "magnitude_increase"
+    )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

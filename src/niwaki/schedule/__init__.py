@@ -5,13 +5,16 @@ before the first optimizer step. Times are resolved to whole steps by the run's 
 A schedule knows nothing of how long the run is: it answers for any step, also at and beyond the end of the run.
 """
 
-from niwaki.schedule.base import Schedule
+from niwaki.schedule.adaptive import Adaptive, RisingLoss
+from niwaki.schedule.base import Schedule, Validation
 from niwaki.schedule.listed import Listed, Phases
-from niwaki.schedule.ramp import Cosine, Cubic, Exponential, Linear, Ramp, exponential
+from niwaki.schedule.ramp import Cosine, Cubic, Exponential, Linear, Polynomial, Ramp, exponential
 from niwaki.schedule.rounds import Constant, Iterative, OneShot
 from niwaki.schedule.stability import MaskStability
+from niwaki.schedule.threshold_ramp import ThresholdRamp
 
 __all__ = [
+    "Adaptive",
     "Constant",
     "Cosine",
     "Cubic",
@@ -22,7 +25,11 @@ __all__ = [
     "MaskStability",
     "OneShot",
     "Phases",
+    "Polynomial",
     "Ramp",
+    "RisingLoss",
     "Schedule",
+    "ThresholdRamp",
+    "Validation",
     "exponential",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,10 +17,23 @@ END = Time(0.75, "run")
 EVERY = Time(100.0, "steps")
 
 
+@dataclass(frozen=True)
+class Validation:
+    """The validation loss before an update that was due, and the fraction of the active pieces that was then masked."""
+
+    loss: float
+    fraction: float = 0.0
+
+
 class Schedule(Component):
     """Base of the slot ``schedule``."""
 
     slot = "schedule"
+
+    decides: ClassVar[bool] = False
+    """Whether what it measures decides how sparse the model gets, rather than the recipe's sparsity."""
+    validates: ClassVar[bool] = False
+    """Whether it looks at the validation loss before every update, and :meth:`fraction` says how much goes."""
 
     def at(self, step: int, sparsity: float, clock: Clock) -> float | None:
         """Return the sparsity that masks must have from ``step`` on, or None when they are not updated before that step.
@@ -28,6 +43,19 @@ class Schedule(Component):
             sparsity: the recipe's sparsity, in [0, 1).
             clock: the lengths of the run, as passed to ``validate_with``.
         """
+        raise NotImplementedError
+
+    def fraction(self, seen: Sequence[Validation]) -> float:
+        """Return the fraction of the active pieces to mask now, given all looks at the validation loss, the newest last."""
+        raise NotImplementedError
+
+    @property
+    def quantile(self) -> float | None:
+        """The quantile of the scores before its first update that thresholds are multiples of; None where pieces are counted."""
+        return None
+
+    def threshold(self, step: int, clock: Clock) -> float:
+        """Return what a score must reach to be kept at an update, as a multiple of the score at its :attr:`quantile`."""
         raise NotImplementedError
 
     def sparsities(self, sparsity: float) -> list[float]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
+
+from pydantic import Field
 
 from niwaki.clock import Clock, TimeField
 from niwaki.component import Fraction
@@ -88,6 +91,26 @@ class Cubic(Ramp):
 
     def value(self, sparsity: float, progress: float) -> float:  # noqa: D102
         return sparsity + (self.initial - sparsity) * (1.0 - progress) ** 3
+
+
+class Polynomial(Ramp):
+    """Sparsity rises by a power of the time that is left: ``linear`` is the first, ``cubic`` the third.
+
+    Attributes:
+        degree: ``d``, above 0; the larger, the earlier pieces go.
+
+    >>> Polynomial(degree=2, end="100 steps", every="10 steps").at(50, 0.8, Clock()) == 0.75 * 0.8
+    True
+    """
+
+    name = "polynomial"
+    equation = "s_t = S + (s_i - S) (1 - p)^d, p = (t - begin) / (end - begin)"
+    source = "Zhu & Gupta 2017 (d = 3); Singh & Alistarh 2020 (any degree)"
+
+    degree: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 3.0
+
+    def value(self, sparsity: float, progress: float) -> float:  # noqa: D102
+        return sparsity + (self.initial - sparsity) * math.pow(1.0 - progress, self.degree)
 
 
 class Exponential(Ramp):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from niwaki.calibration import forward
 from niwaki.counter import key
 from niwaki.errors import NiwakiError
-from niwaki.tasks import Data, Examples, Inputs, Task, Training
+from niwaki.tasks import Data, Examples, Inputs, Subset, Task, Training
 
 EVALUATION_BATCH = 512
 """Examples of a forward pass in evaluation; of text at most those of a training step, as a large vocabulary has large outputs."""
@@ -56,6 +56,29 @@ def batches(examples: Examples, batch_size: int, seed: int, epoch: int) -> Itera
     for indices in order(examples, seed, epoch).split(batch_size):  # type: ignore[no-untyped-call]
         inputs, targets = examples[indices]
         yield inputs, targets
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Examples in their order, batch by batch on a device, each time anew."""
+
+    examples: Examples
+    size: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """Yield the batches."""
+        for indices in torch.arange(len(self.examples)).split(self.size):  # type: ignore[no-untyped-call]
+            inputs, targets = self.examples[indices]
+            yield on(self.device, inputs), on(self.device, targets)
+
+
+def hold_out(data: Data, share: float, seed: int) -> Data:
+    """Return data of which a share of the training examples, drawn at random, is no longer trained on, but there to validate with."""
+    held = max(round(share * len(data.train)), 1)
+    drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(key(seed, 0, "held-out examples")))
+    rest, validation = (Subset(data.train, part.sort().values) for part in (drawn[held:], drawn[:held]))
+    return replace(data, train=rest, validation=validation)
 
 
 def on(device: torch.device, value: Any) -> Any:

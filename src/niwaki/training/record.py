@@ -17,7 +17,7 @@ from niwaki.formats.files import replacing
 from niwaki.removed import Removed
 from niwaki.tasks import Training
 
-SCHEMA = "niwaki.run/3"
+SCHEMA = "niwaki.run/4"
 
 CHOICES = "niwaki.run/2"
 """Goes into the identity of a run: it changes when equal choices no longer mean an equal run, not with every schema."""
@@ -233,7 +233,7 @@ class Results(_Part):
         sparse_history: the sparse model, epoch by epoch.
         stages: what was done, one after the other.
         masks_hash: of the final masks.
-        removed: what ``finish: shrink`` took out, as ``niwaki.structured.replay`` takes it; empty otherwise.
+        removed: what ``finish`` of stages took out and added, as ``niwaki.structured.replay`` takes it; empty otherwise.
         notes: sentences from the sparsifier.
         model: the sparse model's file.
     """
@@ -295,6 +295,8 @@ def read(folder: Path) -> Record:
         data["schema"] = found = SCHEMA
         if isinstance(data.get("results"), dict):
             data["results"]["removed"] = {"tensors": data["results"].get("removed", {})}
+    if found == "niwaki.run/3":  # took out, and did not add
+        data["schema"] = found = SCHEMA
     if found != SCHEMA:
         raise InputError(f"{path}: its schema is {found!r}, this version reads {SCHEMA!r}")
     try:

@@ -29,7 +29,7 @@ from niwaki.training.folder import finished_before
 from niwaki.training.record import Epoch, Record, read
 from niwaki.training.sweep_file import IDENTITY, Point, Run, resolve
 
-SCHEMA = "niwaki.sweep/1"
+SCHEMA = "niwaki.sweep/2"
 FILE = "sweep.json"
 LOG = "sweep.log"
 """Everything that runs print."""
@@ -37,6 +37,9 @@ LOG = "sweep.log"
 BASELINES = ".baselines"
 LOCKS = ".locks"
 SPARSITY = "sparsity of the targets"
+FORWARD = "forward FLOPs"
+FOUND = {"sparsity": SPARSITY, "active_parameters": "active parameters", "training_flops": "training FLOPs", "forward_flops": FORWARD}
+"""Measures of a run that ``sweep.json`` repeats, by the name that they have there."""
 
 SILENCE_SECONDS = 0.2
 """A run tells its steps at most this often."""
@@ -236,17 +239,23 @@ def _over_seeds(found: Sequence[float | None]) -> dict[str, Any]:
 
 
 def to_data(runs: Sequence[Run], found: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the state of a sweep as plain data: what ``sweep.json`` holds."""
+    """Return the state of a sweep as plain data: what ``sweep.json`` holds.
+
+    Of a run that is done ``found`` has the sparsity of the targets, the parameters that are left, the FLOPs of its training as a multiple
+    of those of as many dense steps, the FLOPs of a forward pass of both models, how many epochs it lasted (several runs' worth where a
+    recipe's stages say so), and the headline metric epoch by epoch.
+    """
     rows = []
     for run, outcome in zip(runs, found, strict=True):
-        headline = None if outcome.record is None else outcome.record.headline.model_dump(include={"name", "unit", "dense", "sparse"})
+        record = outcome.record
         rows.append(
             {
                 "folder": run.folder,
                 "status": outcome.status,
                 "identity": run.choices.identity(),
                 "point": run.point.model_dump(by_alias=True, exclude_unset=True),
-                "headline": headline,
+                "headline": None if record is None else record.headline.model_dump(include={"name", "unit", "dense", "sparse"}),
+                "found": None if record is None else _found(record),
                 "error": outcome.error or None,
                 "traceback": outcome.traceback or None,
             }
@@ -254,6 +263,26 @@ def to_data(runs: Sequence[Run], found: Sequence[Outcome]) -> dict[str, Any]:
     return {"schema": SCHEMA, "runs": rows, "summary": summary(runs, found)}
 
 
+def _found(record: Record) -> dict[str, Any]:
+    assert record.results is not None
+    epochs = record.results.sparse_history
+    return {
+        **{key: record.measure(name).sparse for key, name in FOUND.items()},
+        "dense_forward_flops": record.measure(FORWARD).dense,
+        "epochs": epochs[-1].epoch if epochs else 0,
+        "history": [epoch.metrics[record.headline.name] for epoch in epochs],
+    }
+
+
+def to_text(data: dict[str, Any]) -> str:
+    """Return what :func:`to_data` found as JSON, with a line for each run, so that versions of it can be compared."""
+    parts = []
+    for field, value in data.items():
+        rows = [json.dumps(row, allow_nan=False) for row in value] if isinstance(value, list) else []
+        parts.append(f'"{field}": ' + ("[\n" + ",\n".join(rows) + "\n]" if rows else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def _write(runs: Sequence[Run], found: Sequence[Outcome], out: Path) -> None:
     with replacing(out / FILE) as file:
-        file.write((json.dumps(to_data(runs, found), indent=1, allow_nan=False) + "\n").encode())
+        file.write(to_text(to_data(runs, found)).encode())

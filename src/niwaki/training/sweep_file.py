@@ -62,6 +62,9 @@ LONGEST_VALUE, LONGEST_NAME = 24, 160
 FIELDS = (*(field.alias or name for name, field in Point.model_fields.items()), "epochs")
 """What a sweep file can have; ``epochs`` is short for ``training: {epochs: ...}``."""
 
+RUNS = "runs"
+"""The field that holds several sweeps in one file."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -88,14 +91,28 @@ def read_points(path: Path) -> list[Point]:
 def points(data: Any, where: str) -> list[Point]:
     """Return the points of a sweep that is given as plain data; ``where`` names it in errors.
 
+    With ``runs``, a list of further fields, they are those of one product after the other: each item says more than the fields around
+    it, or other things.
+
     >>> [str(point) for point in points({"task": "digits", "method": ["gmp", "rigl"], "sparsity": 0.9}, "example")]
     ['task digits, method gmp, sparsity 0.9', 'task digits, method rigl, sparsity 0.9']
+    >>> [str(point) for point in points({"task": "digits", "runs": [{"method": "gmp"}, {"method": "str", "seed": 1}]}, "example")]
+    ['task digits, method gmp', 'task digits, method str, seed 1']
 
     Raises:
         InputError: an unknown or missing field, a value of the wrong type, or an empty list.
     """
     if not isinstance(data, Mapping):
         raise InputError(f"{where}: expected fields such as `task: digits` and `method: [gmp, rigl]`, got {data!r:.60}")
+    if RUNS not in data:
+        return _product(data, where)
+    around = {name: value for name, value in data.items() if name != RUNS}
+    if not isinstance(data[RUNS], list) or not data[RUNS] or not all(isinstance(one, Mapping) for one in data[RUNS]):
+        raise InputError(f"{where}: {RUNS}: expected a list of fields such as [{{method: gmp}}, {{method: str, cut: true}}]")
+    return [point for i, one in enumerate(data[RUNS]) for point in _product(around | one, f"{where}: {RUNS}[{i}]")]
+
+
+def _product(data: Mapping[str, Any], where: str) -> list[Point]:
     axes: dict[tuple[str, ...], list[Any]] = {}
     for name, value in data.items():
         if name not in FIELDS:

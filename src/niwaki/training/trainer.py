@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,16 @@ from niwaki.penalty import GroupLasso
 from niwaki.pruning import pruned
 from niwaki.ranks import mean
 from niwaki.recipe import Prune, Recipe
-from niwaki.recipe.stages import Leaf, StageRecipe, unroll
+from niwaki.recipe.fields import Restore
+from niwaki.recipe.finish import Finish
+from niwaki.recipe.stages import Leaf, StageRecipe, unroll, validates
 from niwaki.sparsifier import Sparsifier
-from niwaki.structured import Removed, compose, replay, shrink
+from niwaki.structured import Removed, compose, replay
 from niwaki.tasks import Data, Task, Training
-from niwaki.training import processes
+from niwaki.training import processes, rewinding
 from niwaki.training.loop import (
     EVALUATION_BATCH,
+    Batches,
     Evaluation,
     batches,
     evaluate,
@@ -45,6 +48,7 @@ from niwaki.training.loop import (
     steps_per_epoch,
 )
 from niwaki.training.record import Dynamics, Epoch, Stage
+from niwaki.training.resizing import Surroundings, resize
 from niwaki.training.state import Counters, Interrupted, Trained, copied, other_buffers
 
 STATISTICS_BATCHES = 16
@@ -71,6 +75,8 @@ class Trainer:
         model: plain, on the device where it is to be trained.
         recipe: what the sparsifier does; None for a dense training.
         teacher: the trained dense model, for objectives that need one.
+        memory: most bytes that statistics may take; None for no limit.
+        build: returns the model with the initial weights of another seed, for stages that begin anew with random ones.
     """
 
     model: nn.Module
@@ -80,6 +86,8 @@ class Trainer:
     seed: int
     recipe: Recipe | None = None
     teacher: nn.Module | None = None
+    memory: int | None = None
+    build: rewinding.Build | None = None
     leaves: tuple[Leaf, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +99,10 @@ class Trainer:
         self.lengths = [(leaf.clock(self.clock).total_steps or 0) if leaf.length is not None and run else 0 for leaf in self.leaves]
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError(f"--model: no parameter of this {type(self.model).__name__} requires gradients; there is nothing to train")
+        if self.data.validation is None and (name := validates(self.recipe or StageRecipe())):
+            raise InputError(f"schedule: {name!r} follows the loss of validation examples, and the data have none; give Data validation=")
+        if any(leaf.restore is not None and leaf.restore.weights == "fresh" for leaf in self.leaves):
+            rewinding.require_random(self.build, self.seed)
         self.device = next(self.model.parameters()).device
         self.now = Counters(horizon=run)
         self.masks = Masks()
@@ -148,15 +160,16 @@ class Trainer:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             while self.now.leaf < len(self.leaves):
-                leaf, length = self.leaves[self.now.leaf], self.lengths[self.now.leaf]
+                leaf = self.leaves[self.now.leaf]
                 if not self.now.entered:
-                    self._enter(leaf, length)
+                    self._enter(leaf, self.lengths[self.now.leaf])
                     network = self._network()
-                while self.now.stage_step < length:
+                while self.now.stage_step < self.lengths[self.now.leaf]:
                     self.model.train()
                     if not self._step(network, leaf):
                         continue
-                    ended = self.now.step % self.steps_per_epoch == 0 or self.now.stage_step == length
+                    self._end_if_settled(leaf)
+                    ended = self.now.step % self.steps_per_epoch == 0 or self.now.stage_step == self.lengths[self.now.leaf]
                     if ended:
                         self._close_epoch()
                     if progress is not None:
@@ -275,7 +288,7 @@ class Trainer:
     def _flops_of_step(self) -> float:
         """Return the FLOPs per example of the coming step, with the masks as they are now."""
         if self._step_flops is None:
-            masks = self._current_masks()
+            masks = self.masks if self.sparsifier is None else self.sparsifier.computing
             sparse = active_flops(self._flops, masks) if masks else self._flops.dense
             superset = self.sparsifier is not None and isinstance(self.sparsifier.recipe.gradient, Superset)
             self._step_flops = sparse, active_flops(self._flops, self.sparsifier.learning) if superset and self.sparsifier else sparse
@@ -346,6 +359,12 @@ class Trainer:
         if masks.keys() != self._before.keys():
             self._before = masks
 
+    def _end_if_settled(self, leaf: Leaf) -> None:
+        """Let a stage that waits for its masks end here once they act; the learning rate then starts anew in the next stage that trains."""
+        if leaf.until is not None and self.sparsifier is not None and self.sparsifier.settled:
+            self.lengths[self.now.leaf] = self.now.stage_step
+            self.now.horizon = self.now.schedule_step
+
     def _attach(self, leaf: Leaf, length: int) -> None:
         """Build what the stage needs around the model as it is."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -362,7 +381,9 @@ class Trainer:
                 seed=self.seed,
                 data=self._statistics(recipe),
                 loss=self.task.loss,
+                validation=self._validation(recipe),
                 example=self.example,
+                memory=self.memory,
             )
             self.sparsifier.on_masks_changed(self._masks_changed)
             self.sparsifier.attach(self.optimizer)
@@ -376,10 +397,21 @@ class Trainer:
             return recipe
         return recipe.model_copy(update={"penalty": penalty.with_strength(strength)})
 
+    def _validation(self, recipe: Recipe) -> Batches | None:
+        """Return the validation examples for a recipe that follows the loss on them, and None for others."""
+        if self.data.validation is None or not (recipe.selects and recipe.schedule.validates):
+            return None
+        self.notes.append(
+            f"schedule {recipe.schedule.name!r} follows the loss of {len(self.data.validation):,} examples that are not trained on"
+        )
+        return Batches(self.data.validation, self.training.batch_size, self.device)
+
     def _statistics(self, recipe: Recipe | Prune) -> list[tuple[Any, Any]] | None:
         """Return a few batches for components that need what can only be seen on data, and None for others."""
-        if not uses_data(recipe):
-            return None
+        return self._some_batches() if uses_data(recipe) else None
+
+    def _some_batches(self) -> list[tuple[Any, Any]]:
+        """Return a few batches of training examples, the same whenever it is asked."""
         found = islice(batches(self.data.train, self.training.batch_size, self.seed, epoch=0), STATISTICS_BATCHES)
         return [(on(self.device, inputs), on(self.device, targets)) for inputs, targets in found]
 
@@ -402,19 +434,20 @@ class Trainer:
                 data=data,
                 loss=self.task.loss,
                 example=self.example,
+                memory=self.memory,
             )
             self.masks = sparsifier.masks
             self.notes += sparsifier.notes
         if leaf.save is not None:
             self.snapshots[leaf.save] = {
-                "model": copied(self.model.state_dict()),
+                "weights": rewinding.values_of(self.model),
                 "optimizer": copied(self.optimizer.state_dict()),
                 "schedule": (self.now.schedule_step, self.now.horizon),
             }
         if leaf.restore is not None:
-            self._restore(leaf.restore)
-        if leaf.finish == "shrink":
-            self._shrink()
+            self._restore(leaf.restore, leaf.number)
+        if leaf.finish is not None:
+            self._resize(leaf.finish)
         self._step_flops = None
         self.stages.append(Stage(number=leaf.number, says=leaf.says, begin=self.now.begin, end=self.now.step, sparsity=self.masks.sparsity))
         self.now.leaf, self.now.entered = self.now.leaf + 1, False
@@ -430,9 +463,15 @@ class Trainer:
         self.rates = [rate for rate, kept in zip(self.rates, groups, strict=True) if kept]
         self.optimizer.param_groups[:] = [group for group, kept in zip(self.optimizer.param_groups, groups, strict=True) if kept]
 
-    def _restore(self, restore: Any) -> None:
+    def _restore(self, restore: Restore, stage: int) -> None:
+        if restore.weights == "fresh":
+            assert self.build is not None
+            rewinding.give(self.model, rewinding.fresh_values(self.build, self.seed, stage, self.removed))
+        elif restore.weights != "keep":
+            rewinding.give(self.model, self.snapshots[restore.weights]["weights"])
+        if restore.as_ == "signs":
+            rewinding.take_signs(self.model, self.masks)
         if restore.weights != "keep":
-            self.model.load_state_dict(self.snapshots[restore.weights]["model"])
             self.masks.apply_(self.model)
             self._begin_average()
         if restore.optimizer == "fresh":
@@ -442,25 +481,15 @@ class Trainer:
         if restore.learning_rate != "keep":
             self.now.schedule_step, self.now.horizon = self.snapshots[restore.learning_rate]["schedule"]
 
-    def _shrink(self) -> None:
-        self._settle_average()  # the next average begins with the smaller model
-        before = sum(parameter.numel() for parameter in self.model.parameters())
-        try:
-            smaller = shrink(self.model, self.masks, self.example, optimizer=self.optimizer, in_place=True)
-        except NiwakiError as error:  # hours of training end here: the masked model is what there is
-            self.notes.append(f"finish: shrink removed nothing: {error}")
+    def _resize(self, finish: Literal["shrink"] | Finish) -> None:
+        self._settle_average()  # the next average begins with the model of the other size
+        seed = key(self.seed, self.now.step, "finish")
+        around = Surroundings(self.example, self._dense_flops, self._some_batches, self.task.loss, seed)
+        removed, self.masks, notes = resize(finish, self.model, self.masks, self.optimizer, around)
+        self.notes += notes
+        if not removed:
             return
-        self.notes += smaller.notes
-        if not smaller.removed:
-            self.notes.append("finish: shrink removed nothing")
-            return
-        self.removed = compose(self.removed, smaller.removed)
-        self.masks = smaller.masks
-        after = sum(parameter.numel() for parameter in self.model.parameters())
-        self.notes.append(
-            f"finish: shrink made the model smaller, from {before:,} parameters to {after:,}: sparsities are of what is left, and earlier"
-            " snapshots no longer fit"
-        )
+        self.removed = compose(self.removed, removed)
         self.snapshots, self._before = {}, Masks()
         self._begin_average()
         self._flops = forward_flops(self.model, self.example)
@@ -513,5 +542,8 @@ class Trainer:
         self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
         self.stages = [Stage.model_validate(stage) for stage in state["stages"]]
+        self.lengths[: len(self.stages)] = [stage.end - stage.begin for stage in self.stages]
+        if self.now.entered:
+            self._end_if_settled(self.leaves[self.now.leaf])
         self.notes = state["notes"]
         self._step_flops = None

@@ -28,7 +28,8 @@ def check_data(task: Task, data: Any) -> None:
         raise InputError(f"--task: {task.name} has no metrics; a task needs at least one")
     if not isinstance(data, Data):
         raise InputError(f"--task: data of {task.name} returned {_kind(data)}; expected Data(train=..., test=...)")
-    for which, examples in (("training", data.train), ("test", data.test)):
+    validation = () if data.validation is None else (("validation", data.validation),)
+    for which, examples in (("training", data.train), ("test", data.test), *validation):
         if not hasattr(examples, "__len__"):
             raise InputError(f"--task: the {which} examples of {task.name} have no length; expected something like a TensorDataset")
         if len(examples) == 0:
