@@ -224,3 +224,69 @@ def test_cutting_takes_the_history_of_lbfgs_away():
     optimizer.step(closure)
     cut(model.weight, 1, torch.tensor([0, 1]), optimizer)
     assert not optimizer.state
+
+
+# ---------------------------------------------------------------- entries that are added
+
+
+def test_added_entries_are_zero_and_their_slots_are_fresh():
+    model = chain()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Rprop(model.parameters(), lr=0.25)
+    model(torch.randn(5, 3)).square().sum().backward()
+    gradient = model[0].weight.grad.clone()
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    replay(
+        model,
+        {
+            "tensors": {
+                "0.weight": {"0": [0, -1, 1, 2, 3, -1]},
+                "0.bias": {"0": [0, -1, 1, 2, 3, -1]},
+                "2.weight": {"1": [0, -1, 1, 2, 3, -1]},
+            }
+        },
+        optimizer,
+    )
+    old, new = [0, 2, 3, 4], [1, 5]
+    assert torch.equal(model[0].weight[old], before["0.weight"])
+    assert torch.equal(model[2].weight[:, old], before["2.weight"])
+    assert not model[0].weight[new].any()
+    assert not model[2].weight[:, new].any()
+    assert torch.equal(model[0].weight.grad[old], gradient)
+    assert not model[0].weight.grad[new].any()
+    slots = optimizer.state[model[0].weight]
+    assert (slots["step_size"][new] == 0.25).all()
+    assert (slots["prev"][new] == 0).all()
+    assert (model[0].out_features, model[2].in_features) == (6, 6)
+
+
+def test_what_was_added_can_be_taken_out_again_and_added_to():
+    first, second = {"tensors": {"w": {"0": [0, -1, 1, 2]}}}, {"tensors": {"w": {"0": [0, 1, 3]}}}
+    assert compose(first, second).tensors == {"w": {"0": [0, -1, 2]}}
+    assert compose(compose(first, second), {"tensors": {"w": {"0": [-1, 1, -1, 2]}}}).tensors == {"w": {"0": [-1, -1, -1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"0.weight": {"0": [0, -2]}}, "removed.*at least one, from 0, and increasing"),
+        ({"0.weight": {"0": [-1, -1]}}, "removed.*at least one, from 0, and increasing"),
+        ({"0.weight": {"0": [1, -1, 0]}}, "removed.*at least one, from 0, and increasing"),
+        ({"0.weight": {"0": [0, 4, -1]}}, "has 4 entries along dimension 0, and index 4 is to be kept"),
+    ],
+)
+def test_added_entries_in_a_record_that_is_wrong(tensors, message):
+    with pytest.raises(InputError, match=message):
+        replay(chain(), {"tensors": tensors})
+
+
+def test_the_number_of_groups_has_to_be_told_where_channels_are_added():
+    layer = nn.Conv2d(4, 4, 1, groups=4)
+    kept = {"0": [0, 1, -1, 2, 3]}
+    with pytest.raises(InputError, match="0 has 4 groups and gains channels; tell the number of its groups among the attributes"):
+        replay(nn.Sequential(layer), {"tensors": {"0.weight": kept, "0.bias": kept}})
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
+    replay(model, {"tensors": {"0.weight": kept, "0.bias": kept}, "attributes": {"0.groups": 5}})
+    assert (model[0].groups, model[0].in_channels, model[0].out_channels) == (5, 5, 5)
+    assert model(torch.ones(1, 5, 2, 2)).shape == (1, 5, 2, 2)

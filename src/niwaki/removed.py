@@ -1,4 +1,4 @@
-"""What was taken out of a model, as data; and taking the same out of another model."""
+"""What was taken out of a model and what was added to it, as data; and doing the same to another model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from torch.optim import Optimizer
 from niwaki.errors import InputError
 from niwaki.layout import is_transposed_linear
 from niwaki.masks import canonical_name, is_sharded, nearest
-from niwaki.slots import forget_history
+from niwaki.slots import forget_history, fresh_values
 
 BLOCK_NUMBERS = ("layer_idx", "layer_id", "layer_number", "block_idx")
 """What modules call their own position among the blocks of a model."""
 
+ADDED = -1
+"""Stands for an entry that the original does not have."""
+
 
 class Removed(BaseModel):
-    """A removal: names and indices of what was kept. All names are those of the original model.
+    """A change of sizes: names and indices of what was kept, and places of what was added. All names are those of the original model.
 
     Attributes:
-        tensors: parameter or buffer -> dimension (as text) -> indices that were kept, increasing.
+        tensors: parameter or buffer -> dimension (as text) -> indices that were kept, increasing; -1 for each entry that was added.
         attributes: path of an integer that no shape tells (``blocks.0.attn.num_heads``) -> its new value.
         layers: ``ModuleList`` or ``Sequential`` -> positions that were kept, increasing.
     """
@@ -39,7 +42,8 @@ class Removed(BaseModel):
     @model_validator(mode="after")
     def _check_indices(self) -> Removed:
         dimensions = ((f"{name!r} along dimension {d}", d, kept) for name, one in self.tensors.items() for d, kept in one.items())
-        for where, d, kept in (*dimensions, *((repr(name), "0", kept) for name, kept in self.layers.items())):
+        old = ((where, d, [i for i in kept if i != ADDED]) for where, d, kept in dimensions)
+        for where, d, kept in (*old, *((repr(name), "0", kept) for name, kept in self.layers.items())):
             if not d.isdigit() or not kept or kept[0] < 0 or any(a >= b for a, b in pairwise(kept)):
                 raise ValueError(f"the indices kept of {where} must be at least one, from 0, and increasing")
         return self
@@ -66,14 +70,17 @@ class Removed(BaseModel):
     def in_words(self) -> list[str]:
         """Return a sentence for people about each dimension, number and row of blocks.
 
-        >>> Removed(tensors={"up.weight": {"0": [0, 2]}}, attributes={"heads": 3}, layers={"blocks": [1]}).in_words()
-        ['2 entries of up.weight kept along dimension 0', 'heads is 3', '1 block of blocks kept: 1']
+        >>> Removed(tensors={"up.weight": {"0": [0, 2, -1]}}, attributes={"heads": 3}, layers={"blocks": [1]}).in_words()
+        ['2 entries of up.weight kept along dimension 0, and 1 added', 'heads is 3', '1 block of blocks kept: 1']
         """
-        cuts = ((name, d, kept) for name, dimensions in self.tensors.items() for d, kept in dimensions.items())
-        entries = [f"{_count(kept, 'entry', 'entries')} of {name} kept along dimension {d}" for name, d, kept in cuts]
+        cuts = ((name, d, kept, kept.count(ADDED)) for name, dimensions in self.tensors.items() for d, kept in dimensions.items())
+        entries = [
+            f"{_count(len(kept) - new, 'entry', 'entries')} of {name} kept along dimension {d}" + (f", and {new:,} added" if new else "")
+            for name, d, kept, new in cuts
+        ]
         settings = [f"{path} is {value}" for path, value in self.attributes.items()]
         rows = ((name or "the model", kept) for name, kept in self.layers.items())
-        blocks = [f"{_count(kept, 'block', 'blocks')} of {name} kept: {', '.join(map(str, kept))}" for name, kept in rows]
+        blocks = [f"{_count(len(kept), 'block', 'blocks')} of {name} kept: {', '.join(map(str, kept))}" for name, kept in rows]
         return entries + settings + blocks
 
     def name_after(self, name: str) -> str | None:
@@ -122,15 +129,15 @@ class Removed(BaseModel):
         return found
 
 
-def _count(kept: Sequence[int], one: str, several: str) -> str:
-    return f"{len(kept):,} {one if len(kept) == 1 else several}"
+def _count(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
 
 
 def compose(first: Removed | Mapping[str, Any], second: Removed | Mapping[str, Any]) -> Removed:
-    """Return the removal that does what two do one after the other.
+    """Return the change that does what two do one after the other.
 
-    >>> compose({"tensors": {"weight": {"0": [1, 3, 5]}}}, {"tensors": {"weight": {"0": [0, 2]}}}).tensors
-    {'weight': {'0': [1, 5]}}
+    >>> compose({"tensors": {"weight": {"0": [1, 3, 5]}}}, {"tensors": {"weight": {"0": [0, -1, 2]}}}).tensors
+    {'weight': {'0': [1, -1, 5]}}
     """
     first, second = Removed.of(first), Removed.of(second)
     tensors = {name: {d: list(kept) for d, kept in dimensions.items()} for name, dimensions in first.tensors.items()}
@@ -138,7 +145,7 @@ def compose(first: Removed | Mapping[str, Any], second: Removed | Mapping[str, A
         name = first.name_before(given)
         for d, kept in dimensions.items():
             before = tensors.setdefault(name, {}).get(d)
-            tensors[name][d] = [i if before is None else before[i] for i in kept]
+            tensors[name][d] = [i if before is None or i == ADDED else before[i] for i in kept]
     layers = dict(first.layers)
     for given, kept in second.layers.items():
         name = first.name_before(given)
@@ -153,15 +160,17 @@ def compose(first: Removed | Mapping[str, Any], second: Removed | Mapping[str, A
 
 
 def replay(model: nn.Module, removed: Removed | Mapping[str, Any], optimizer: Optimizer | None = None) -> nn.Module:
-    """Take out of a model of the original shape what :func:`niwaki.shrink` took out of its copy, in place, and return it.
+    """Do to a model of the original shape what :func:`niwaki.shrink`, or what widens, did to its copy, in place, and return it.
 
     Parameters stay the objects that they are, with what is left of their values and gradients, so that ties hold and an optimizer goes
-    on. A model that is wrapped (``torch.compile``, an average of weights) is replayed like a plain one; shard it afterwards.
+    on. Entries that are added are zero. A model that is wrapped (``torch.compile``, an average of weights) is replayed like a plain one;
+    shard it afterwards.
 
     Args:
         model: fresh, or a copy of the original such as a moving average.
-        removed: what to take out.
-        optimizer: of the model; its state of the parameters' shapes is cut alike, and it forgets parameters that went with their block.
+        removed: what to take out, and to add.
+        optimizer: of the model; its state of the parameters' shapes is cut alike, fresh where entries are added, and it forgets parameters
+            that went with their block.
 
     Raises:
         InputError: a tensor, dimension, index, number or container that the model does not have; the model is unchanged then.
@@ -176,9 +185,9 @@ def replay(model: nn.Module, removed: Removed | Mapping[str, Any], optimizer: Op
     for tensor, dimensions in cuts.items():
         for dimension, kept in dimensions.items():
             cut(tensor, int(dimension), torch.tensor(kept), optimizer)
-    follow_shapes(model, cuts)
     for path, value in removed.attributes.items():
         set_attribute(model, path, value)
+    follow_shapes(model, cuts, removed.attributes)
     modules = named_modules(model)
     before = set(model.parameters())
     for name, kept in removed.layers.items():
@@ -200,22 +209,33 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def cut(tensor: Tensor, dimension: int, keep: Tensor, optimizer: Optimizer | None = None) -> None:
-    """Keep indices of a parameter or buffer along a dimension, of its gradient, and of its slots in an optimizer, in place."""
+    """Keep indices of a parameter or buffer along a dimension, of its gradient, and of its slots in an optimizer, in place.
+
+    Where ``keep`` is -1 an entry is added: zeros, and in slots what a fresh state holds.
+    """
     shape, gradient = tensor.shape, tensor.grad
-    index = keep.to(tensor.device)
-    new = tensor.detach().index_select(dimension, index)
+    new = _select(tensor.detach(), dimension, keep)
     tensor.grad = None
     # Of another type in between: only that makes autograd forget the old shape, which a loss that is still held would keep alive.
     tensor.data = torch.empty(0, dtype=torch.float16 if tensor.dtype != torch.float16 else torch.float32, device=tensor.device)
     tensor.data = new
     if gradient is not None:
-        tensor.grad = gradient.detach().index_select(dimension, index)
+        tensor.grad = _select(gradient.detach(), dimension, keep)
     if optimizer is None:
         return
     forget_history(optimizer)
-    for key, slot in optimizer.state.get(tensor, {}).items():
-        if isinstance(slot, Tensor) and slot.shape == shape and slot.ndim:
-            optimizer.state[tensor][key] = slot.index_select(dimension, keep.to(slot.device))
+    slots = {key: slot for key, slot in optimizer.state.get(tensor, {}).items() if isinstance(slot, Tensor) and slot.shape == shape}
+    fresh = fresh_values(optimizer, tensor)[0] if slots and bool((keep < 0).any()) else {}
+    for key, slot in slots.items():
+        if slot.ndim:
+            optimizer.state[tensor][key] = _select(slot, dimension, keep, fresh.get(key, 0.0))
+
+
+def _select(values: Tensor, dimension: int, keep: Tensor, new: float = 0.0) -> Tensor:
+    """Return entries along a dimension, and ``new`` where the index is -1."""
+    index = keep.to(values.device)
+    found = values.index_select(dimension, index.clamp(min=0))
+    return found.index_fill_(dimension, (index < 0).nonzero().flatten(), new)
 
 
 def resolve(model: nn.Module, path: str) -> tuple[Any, str]:
@@ -278,8 +298,8 @@ def is_container(module: nn.Module | None) -> bool:
 
 
 def _require_indices(kept: Sequence[int], size: int, has: str) -> None:
-    if kept[-1] >= size:
-        raise InputError(f"removed: {has.format(size)}, and index {kept[-1]} is to be kept; the removal is of another model")
+    if max(kept) >= size:
+        raise InputError(f"removed: {has.format(size)}, and index {max(kept)} is to be kept; the removal is of another model")
 
 
 def _keep_blocks(model: nn.Module, container: Any, kept: Sequence[int]) -> None:
@@ -315,21 +335,39 @@ def _forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
 # -- the numbers that shapes tell ----------------------------------------------------------------------------------------------
 
 
-def follow_shapes(model: nn.Module, changed: Mapping[Tensor, Mapping[str, Sequence[int]]]) -> None:
+def follow_shapes(
+    model: nn.Module, changed: Mapping[Tensor, Mapping[str, Sequence[int]]], told: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Bring the numbers of torch's own modules in line with their tensors, such as ``in_features`` with the weight.
 
     Args:
         model: its tensors were cut.
         changed: tensor -> dimension (as text) -> indices of it that were kept.
+        told: path of a number of groups -> what it is now; others follow from the indices that were kept.
+
+    Returns:
+        path of each number of groups that followed and changed -> what it is now.
 
     Raises:
-        InputError: a grouped convolution or normalization lost neither whole groups nor as much of each.
+        InputError: a grouped convolution or normalization lost neither whole groups nor as much of each, or gained entries, and no number
+            of groups is told.
     """
-    for name, module in model.named_modules():
+    found = {}
+    for name, module in named_modules(model).items():
         tensors = {own: t for own, t in {**module._parameters, **module._buffers}.items() if t is not None and t in changed}
         rule = rule_of(module) if tensors else None
-        if rule is not None:
-            rule(module, changed[tensors["weight"]].get("0") if "weight" in tensors else None, name)
+        if rule is None:
+            continue
+        own = GROUPS.get(rule)
+        path = f"{name}.{own}".lstrip(".")
+        kept = changed[tensors["weight"]].get("0") if own and "weight" in tensors else None
+        if own and kept is not None and path not in (told or {}):
+            before = getattr(module, own)
+            setattr(module, own, _groups_left(before, _channels(module), kept, name))
+            if getattr(module, own) != before:
+                found[path] = getattr(module, own)
+        rule(module)
+    return found
 
 
 def rule_of(module: nn.Module) -> Rule | None:
@@ -337,51 +375,49 @@ def rule_of(module: nn.Module) -> Rule | None:
     return next((rule for classes, rule in SHAPED if isinstance(module, classes)), _gpt2_linear if is_transposed_linear(module) else None)
 
 
-Rule = Callable[[Any, Sequence[int] | None, str], None]
-"""Sets the numbers of a module, from its tensors and the indices of its weight's first dimension that were kept; its name is for errors."""
+Rule = Callable[[Any], None]
+"""Sets the numbers of a module that follow from the shapes of its tensors (and the number of groups, where there are any)."""
 
 
-def _linear(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _linear(module: Any) -> None:
     module.out_features, module.in_features = module.weight.shape
 
 
-def _gpt2_linear(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _gpt2_linear(module: Any) -> None:
     module.nx, module.nf = module.weight.shape
 
 
-def _bilinear(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _bilinear(module: Any) -> None:
     module.out_features, module.in1_features, module.in2_features = module.weight.shape
 
 
-def _convolution(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _convolution(module: Any) -> None:
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-    module.groups = _groups_left(module.groups, getattr(module, first), kept, where)
     setattr(module, first, module.weight.shape[0])
     setattr(module, second, module.weight.shape[1] * module.groups)
 
 
-def _batch_norm(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _batch_norm(module: Any) -> None:
     module.num_features = len(module.running_mean if module.weight is None else module.weight)
 
 
-def _layer_norm(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _layer_norm(module: Any) -> None:
     module.normalized_shape = tuple(module.weight.shape)
 
 
-def _group_norm(module: Any, kept: Sequence[int] | None, where: str) -> None:
-    module.num_groups = _groups_left(module.num_groups, module.num_channels, kept, where)
+def _group_norm(module: Any) -> None:
     module.num_channels = len(module.weight)
 
 
-def _slopes(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _slopes(module: Any) -> None:
     module.num_parameters = len(module.weight)
 
 
-def _embedding(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _embedding(module: Any) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
-def _recurrent(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _recurrent(module: Any) -> None:
     projected = getattr(module, "weight_hr_l0", None)
     module.input_size = module.weight_ih_l0.shape[1]
     module.proj_size = 0 if projected is None else projected.shape[0]
@@ -389,11 +425,11 @@ def _recurrent(module: Any, kept: Sequence[int] | None, where: str) -> None:
     module.flatten_parameters()
 
 
-def _recurrent_cell(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _recurrent_cell(module: Any) -> None:
     module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
 
 
-def _attention(module: Any, kept: Sequence[int] | None, where: str) -> None:
+def _attention(module: Any) -> None:
     if module.k_proj_weight is not None:  # its other widths cannot change
         module.kdim, module.vdim = module.k_proj_weight.shape[1], module.v_proj_weight.shape[1]
 
@@ -413,11 +449,23 @@ SHAPED: tuple[tuple[Any, Rule], ...] = (
 )
 """Class -> how its numbers follow from the shapes of its tensors. The first match counts."""
 
+GROUPS: dict[Rule, str] = {_convolution: "groups", _group_norm: "num_groups"}
+"""Rule -> the number of groups that its modules have."""
 
-def _groups_left(groups: int, channels: int, kept: Sequence[int] | None, where: str) -> int:
+
+def _channels(module: Any) -> int:
+    """Return how many entries a grouped module's weight has along its first dimension, by its numbers."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    return int(module.in_channels if module.transposed else module.out_channels)
+
+
+def _groups_left(groups: int, channels: int, kept: Sequence[int], where: str) -> int:
     """Return how many groups have consecutive channels left; each of them must have lost as many."""
-    if kept is None or groups == 1:
+    if groups == 1:
         return groups
+    if ADDED in kept:
+        raise InputError(f"removed: {where} has {groups} groups and gains channels; tell the number of its groups among the attributes")
     each = channels // groups
     left = [count for count in torch.bincount(torch.tensor(kept) // each, minlength=groups).tolist() if count]
     if min(left) < max(left):

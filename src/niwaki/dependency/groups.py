@@ -258,7 +258,7 @@ def _formed(traced: Traced) -> list[Group]:
         reason = leaf.pinned or ("" if made else "no weight makes it")
         if not reason and "shifted" in leaf.marks and leaf.marks & {"contracted", "summed"}:
             reason = "it is summed over, and need not be zero there once masked"
-        groups.append(Group(name, kind, leaf.size, tuple(found), reason))
+        groups.append(Group(name, kind, leaf.size, tuple(found), reason, summed=bool(leaf.marks & {"contracted", "summed"})))
     return groups
 
 

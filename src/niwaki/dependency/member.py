@@ -51,6 +51,7 @@ class Group:
         members: all dimensions that the units have entries in.
         reason: why units cannot be removed; empty when they can.
         note: what a person has written about it.
+        summed: whether something that is no weight sums over the units: taking out zeros changes nothing, one more that is not zero does.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Group:
     members: tuple[Member, ...]
     reason: str = ""
     note: str = ""
+    summed: bool = False
 
     @property
     def removable(self) -> bool:

@@ -83,6 +83,42 @@ class Units:
         self.size = len(left)
 
 
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the first name of each tensor by all its names."""
+    first: dict[Tensor, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(tensor, name)
+    return {name: first[tensor] for name, tensor in tensors.items()}
+
+
+def units_in(group: Group, tensors: Mapping[str, Tensor], first: Mapping[str, str]) -> Units:
+    """Return a group to be worked on, after checking that it is one of the model.
+
+    Args:
+        group: of the model.
+        tensors: of the model, by name.
+        first: name -> first name of a tensor.
+
+    Raises:
+        InputError: it has a tensor, dimension or unit that the model does not have.
+    """
+    parts = []
+    for member in group.members:
+        name = first.get(member.name)
+        if name is None or not 0 <= member.dim < tensors[name].ndim:
+            raise InputError(f"groups: {group.name}: the model has no tensor {member.name!r} with a dimension {member.dim}")
+        size = tensors[name].shape[member.dim]
+        units = member.units.cpu().clone()
+        if units.shape != (size,) or int(units.max()) >= group.size:
+            raise InputError(
+                f"groups: {group.name}: its units for {member.name!r} are {len(units)} numbers up to {int(units.max())}; expected one"
+                f" for each of the {size} entries along dimension {member.dim}, below the group's size {group.size}"
+            )
+        parts.append(Part(name, member.dim, units, member.role))
+    made = group.kind == "layer" or any(part.role == "output" for part in parts)
+    return Units(group.name, group.kind, group.size, parts, group.reason or ("" if made else "no weight makes them"))
+
+
 class Removal:
     """A model in evaluation mode that is made smaller in place, its masks, and what was removed so far.
 
@@ -108,7 +144,7 @@ class Removal:
         self.removed = Removed()
         self._reference = named_tensors(original)
         self._learn_names()
-        self._groups = [self._left(group) for group in groups]
+        self._groups = [units_in(group, self._tensors, self._first) for group in groups]
         self._expected = expected_of(model, example)
         self._values: constants.Values | None = None
         self._known: dict[tuple[Kind, frozenset[numbers.Key], int], frozenset[numbers.Key] | None] = {}
@@ -167,34 +203,9 @@ class Removal:
     def _learn_names(self) -> None:
         """Note under which name each tensor is known, its first one, and the masks by these names."""
         self._tensors = named_tensors(self.model)
-        first: dict[Tensor, str] = {}
-        for name, tensor in self._tensors.items():
-            first.setdefault(tensor, name)
-        self._first = {name: first[tensor] for name, tensor in self._tensors.items()}
+        self._first = first_names(self._tensors)
         self._masked = {self._first[name]: name for name in self.masks}
         self._parameters = {name for name, tensor in self._tensors.items() if isinstance(tensor, nn.Parameter)}
-
-    def _left(self, group: Group) -> Units:
-        """Return a group to be worked on, after checking that it is one of the model.
-
-        Raises:
-            InputError: it has a tensor, dimension or unit that the model does not have.
-        """
-        parts = []
-        for member in group.members:
-            name = self._first.get(member.name)
-            if name is None or not 0 <= member.dim < self._tensors[name].ndim:
-                raise InputError(f"groups: {group.name}: the model has no tensor {member.name!r} with a dimension {member.dim}")
-            size = self._tensors[name].shape[member.dim]
-            units = member.units.cpu().clone()
-            if units.shape != (size,) or int(units.max()) >= group.size:
-                raise InputError(
-                    f"groups: {group.name}: its units for {member.name!r} are {len(units)} numbers up to {int(units.max())}; expected one"
-                    f" for each of the {size} entries along dimension {member.dim}, below the group's size {group.size}"
-                )
-            parts.append(Part(name, member.dim, units, member.role))
-        made = group.kind == "layer" or any(part.role == "output" for part in parts)
-        return Units(group.name, group.kind, group.size, parts, group.reason or ("" if made else "no weight makes them"))
 
     # ------------------------------------------------------------------ blocks
 
@@ -425,8 +436,8 @@ class Removal:
             if len(keep) < len(entries):
                 cuts.setdefault(name, {})[str(dim)] = keep.tolist()
                 self._cut_tensor(name, dim, keep)
-        follow_shapes(self.model, {self._tensors[name]: dimensions for name, dimensions in cuts.items()})
-        self.removed = compose(self.removed, Removed(tensors=cuts))
+        counts = follow_shapes(self.model, {self._tensors[name]: dimensions for name, dimensions in cuts.items()})
+        self.removed = compose(self.removed, Removed(tensors=cuts, attributes=counts))
         changes = []
         for group, out in gone.items():
             widths: defaultdict[str, dict[int, int]] = defaultdict(dict)

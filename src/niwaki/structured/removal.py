@@ -122,7 +122,7 @@ def shrink(
     for path in attributes or {}:
         resolve(base, path)
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
-    limits = Limits(round_to or 1, minimum, _excluded(groups, patterns), dict(attributes or {}))
+    limits = Limits(round_to or 1, minimum, excluded(groups, patterns), dict(attributes or {}))
 
     work, own = copy.deepcopy((base, optimizer))
     given.apply_(work)
@@ -150,7 +150,7 @@ def _masks_blocks(model: nn.Module, masks: Masks) -> bool:
     return any(own and gone.issuperset(own) for own in owned)
 
 
-def _excluded(groups: Sequence[Group], patterns: Sequence[str]) -> frozenset[str]:
+def excluded(groups: Sequence[Group], patterns: Sequence[str]) -> frozenset[str]:
     """Return the names of the groups that globs match, by their own names or those of their tensors.
 
     Raises:
