@@ -5,10 +5,10 @@ import re
 from importlib.resources import files
 
 import pytest
-from catalogue.survey import SURVEY
+from catalogue.survey import ROWS
 from ruamel.yaml import YAML
 
-from niwaki.catalogue import CHAPTERS, METHODS, Columns, method, parse_rows
+from niwaki.catalogue import CHAPTERS, METHODS, Columns, find, left_out, method, parse_rows
 from niwaki.clock import Clock
 from niwaki.errors import InputError
 from niwaki.granularity import Grouped
@@ -106,47 +106,81 @@ PRUNING_STAGE = {
 }
 
 STAGED = ("train_prune_retrain", "lottery_ticket", "learning_rate_rewinding")
-"""Rows whose sparsity is that of their stages."""
+"""Rows whose stages prune a share of what is left again and again."""
 
-STRENGTH = ("ssl", "prunetrain")
-"""Rows of stages whose penalty decides the sparsity."""
+LEAST_ROWS, LEAST_RECIPES = 163, 190
+"""How many rows of the survey's table have a method, and how many recipes there are. Raise them when there are more."""
 
-FIXED = ("two_four", "adaprune", "energy_aware", "spdy")
-"""Rows of stages whose pattern or budget decides the sparsity."""
+CODES = YAML(typ="safe").load(files("niwaki.catalogue").joinpath("codes.yaml").read_text(encoding="utf-8"))
+
+OTHER_WORDS = {
+    ("skeletonization", "criterion"): "gate gradient",
+    ("head_importance", "criterion"): "gate grad",
+    ("accumulated_movement", "criterion"): "ste (Σ -g w)",
+    ("accumulated_movement", "growth"): "impl",
+    ("accumulated_movement", "regularization"): "- / L1 σ(S)",
+    ("movement", "regularization"): "- / L1 σ(S)",
+    ("soft_movement", "budget"): "uni/glob topv",
+    ("supermask_bernoulli", "when"): "post / gate",
+    ("supermask_bernoulli", "budget"): "uni",
+    ("kernel_granularity", "what"): "W..U",
+}
+"""What a row says otherwise than the survey's codes do: other words for the same, or one variant of several."""
 
 
-def test_the_catalogue_has_exactly_these_methods():
-    assert list(METHODS) == list(SURVEY)
-    assert len(METHODS) == 87
+def test_the_catalogue_is_the_surveys_table():
+    numbers = [row.row for row in METHODS.values() if row.row is not None]
+    assert len(set(numbers)) >= LEAST_ROWS
+    assert len({row.recipe.to_yaml() for row in METHODS.values()}) >= LEAST_RECIPES
+    assert set(numbers) | set(left_out()) == set(ROWS) == set(range(1, 261))
+    assert not set(numbers) & set(left_out())
     assert "rigl" in METHODS
     assert "rigel" not in METHODS
     with pytest.raises(TypeError):
         METHODS["new"] = METHODS["rigl"]
 
 
-@pytest.mark.parametrize("name", SURVEY)
+def test_a_row_that_repeats_the_recipe_of_another_is_its_alias():
+    recipes = [row.recipe.to_yaml() for row in METHODS.values() if row.of is None]
+    assert len(set(recipes)) == len(recipes)
+
+
+@pytest.mark.parametrize("number", sorted(left_out()))
+def test_what_is_left_out_says_what_it_lacks(number):
+    row, (name, years, _) = left_out()[number], ROWS[number]
+    assert (row.row, row.name, row.year) == (number, name, years[0])
+    assert row.lacks.strip() == row.lacks
+    assert row.why.endswith(".")
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_row_is_complete(name):
     row = METHODS[name]
-    number, columns, year = SURVEY[name]
     assert row.name == name
-    assert (row.row, row.year) == (number, year)
-    assert " | ".join("/".join(codes) or "-" for _, codes in row.columns) == columns
     words = row.columns.in_words()
     assert list(words) == ["what", "when", "criterion", "growth", "budget", "regularization"]
     assert all((text == "-") == (codes == ()) for text, (_, codes) in zip(words.values(), row.columns, strict=True))
     assert all(len(text) > 1 or text == "-" for text in words.values())
     assert re.fullmatch(r"5|[3467]\.\d", row.section)
     citation = row.citation
-    assert all(
-        len(text) > 3 for text in (row.title, citation.authors, citation.title, citation.venue) if text not in ("STR", "RigL", "SC", "OWL")
-    )
+    assert all(len(text) > 1 for text in (row.title, citation.authors, citation.title, citation.venue))
     assert str(citation) == f"{citation.authors}. {citation.title}. {citation.venue}, {citation.year}."
-    assert row.fidelity in ("exact", "simplified")
+    assert row.faithful == (f"alias of {row.of}" if row.of else row.fidelity)
     assert row.differs
     assert all(note.endswith((".", ".)")) for note in row.differs)
 
 
-@pytest.mark.parametrize("name", SURVEY)
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.row is not None])
+def test_a_row_says_what_the_survey_says_of_it(name):
+    row = METHODS[name]
+    _, years, columns = ROWS[row.row]
+    assert min(years) - 1 <= row.year <= max(years) + 1  # of the preprint, or of the conference
+    for (column, said), cell in zip(row.columns, columns.split(" | "), strict=True):
+        codes = [code for code in re.split(r"[^\w-]+", cell) if code in CODES[column]]
+        assert not codes or set(codes) & set(said) or OTHER_WORDS.get((name, column)) == cell, f"{column}: {cell}"
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_rows_recipe_runs_with_the_published_settings(name):
     recipe = METHODS[name].recipe
     recipe.require_complete()
@@ -214,16 +248,31 @@ def test_the_stages_of_tickets_and_of_retraining():
         assert any("0.893" in note for note in METHODS[name].differs)
 
 
-OTHER = ("str", "top_kast", "dropnet", "flops_magnitude", "magnitude_threshold")
-"""Rows whose strength, own rounds, budget or threshold decides the sparsity, or whose sparsity others of its fields depend on."""
+OF_SPARSITY = [name for name, row in METHODS.items() if row.recipe.sparsity is not None and row.recipe.gradient.name != "superset"]
+"""Rows with a sparsity of their own on which no other field depends."""
 
 
-@pytest.mark.parametrize("name", [name for name in SURVEY if name not in (*OTHER, *STAGED, *STRENGTH, *FIXED, *PRUNING_STAGE)])
+@pytest.mark.parametrize("name", OF_SPARSITY)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
 def test_a_sparsity_replaces_the_published_one_and_nothing_else(name, sparsity):
     recipe = method(name, sparsity=sparsity)
     assert recipe.sparsity == sparsity
     assert recipe.to_data() == METHODS[name].recipe.to_data() | {"sparsity": sparsity}
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.recipe.stages is not None])
+def test_a_sparsity_goes_to_the_one_stage_that_says_one(name):
+    said = [leaf.recipe.sparsity for leaf in unroll(METHODS[name].recipe)]
+    if METHODS[name].takes_sparsity:
+        asked = unroll(method(name, sparsity=0.25))
+        assert [leaf.recipe.sparsity for leaf in asked] == [None if sparsity is None else 0.25 for sparsity in said]
+        for before, after in zip(unroll(METHODS[name].recipe), asked, strict=True):
+            assert (before.length, before.prune, before.finish) == (after.length, after.prune, after.finish)
+            assert after.recipe.to_data() == before.recipe.to_data() | ({} if after.recipe.sparsity is None else {"sparsity": 0.25})
+    else:
+        assert len({leaf.where for leaf in unroll(METHODS[name].recipe) if leaf.recipe.sparsity is not None}) != 1
+        with pytest.raises(InputError, match=f"^sparsity: the stages of {name!r} decide it"):
+            method(name, sparsity=0.25)
 
 
 @pytest.mark.parametrize("name", PRUNING_STAGE)
@@ -263,9 +312,6 @@ def test_penalties_and_thresholds_of_structured_rows():
     assert (early.schedule.window, early.schedule.distance, early.penalty.of) == (5, 0.1, "norm")
     dropped = [leaf.prune.fraction for leaf in unroll(method("dropnet")) if leaf.prune is not None]
     assert 1 - math.prod(1 - fraction for fraction in dropped) == pytest.approx(0.672, abs=5e-4)
-    for name in STRENGTH:
-        with pytest.raises(InputError, match=f"^sparsity: the stages of {name!r} decide it"):
-            method(name, sparsity=0.5)
 
 
 def test_rounds_thresholds_and_budgets_of_the_new_rows():
@@ -323,19 +369,16 @@ def test_a_final_cut():
         "relaxation": METHODS["str"].recipe.to_data()["relaxation"],
     }
     assert method("str", sparsity=0.8, cut=True, allocation="uniform").allocation.name == "uniform"
-    assert [name for name, row in METHODS.items() if row.by_strength] == ["str"]
-    assert [name for name, row in METHODS.items() if not row.takes_sparsity] == [
-        *STAGED,
-        "magnitude_threshold",
-        "two_four",
-        "str",
-        "adaprune",
-        "energy_aware",
-        "spdy",
-        "ssl",
-        "dropnet",
-        "prunetrain",
-    ]
+
+
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.by_strength])
+def test_what_strength_decides_takes_a_sparsity_by_a_final_cut(name):
+    assert METHODS[name].recipe.final_sparsity is None
+    assert method(name, sparsity=0.75, cut=True).final_sparsity == 0.75
+    with pytest.raises(InputError, match=f"^sparsity: the strength of {name!r} decides it"):
+        method(name, sparsity=0.75)
+    with pytest.raises(InputError, match=f"^cut: 'gmp' reaches its sparsity without a final cut; choices: .*\\b{name}\\b"):
+        method("gmp", sparsity=0.75, cut=True)
 
 
 @pytest.mark.parametrize(
@@ -394,15 +437,51 @@ def row(**changes):
         for parent in parents:
             inner = inner[parent]
         if value is None:
-            del inner[key]
+            inner.pop(key, None)
         else:
             inner[key] = value
     return data
 
 
+ALIAS = {"fidelity": "alias_of", "recipe": None}
+
+
+def two(**changes):
+    """Return a row ``name`` and an alias of it, ``other``, with some fields of it changed."""
+    return row() | {"other": row(**ALIAS | {"of": "name"} | changes)["name"]}
+
+
+def test_an_alias_has_the_recipe_of_the_row_that_it_names():
+    read = parse_rows({"first.yaml": {"other": two()["other"]}, "second.yaml": row()})
+    assert list(read) == ["other", "name"]
+    assert read["other"].recipe == read["name"].recipe == Recipe(sparsity=0.5)
+    assert (read["other"].faithful, read["name"].faithful) == ("alias of name", "exact")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (two(of="nome"), "file.yaml: other: of: unknown method 'nome'; did you mean 'name'?"),
+        (two(fidelity="exact"), "file.yaml: other: of: names the row whose recipe an alias has"),
+        (two(of=None), "file.yaml: other: of: names the row whose recipe an alias has"),
+        (two(recipe={"sparsity": 0.5}), "file.yaml: other: recipe: an alias has that of 'name'; drop it"),
+        (two() | {"third": two(of="other")["other"]}, "file.yaml: third: of: 'other' is an alias itself, of 'name'; name that"),
+    ],
+)
+def test_a_wrong_alias_is_told(data, said):
+    with pytest.raises(InputError) as error:
+        parse_rows({"file.yaml": data})
+    assert str(error.value).startswith(said)
+
+
+def test_no_name_stands_in_two_files():
+    with pytest.raises(InputError, match=r"^second\.yaml: name: there is a method of this name in first\.yaml$"):
+        parse_rows({"first.yaml": row(), "second.yaml": row()})
+
+
 def test_a_good_row_is_read():
-    assert parse_rows(row(), "file.yaml")["name"].recipe == Recipe(sparsity=0.5)
-    assert parse_rows(row(row=None), "file.yaml")["name"].row is None
+    assert parse_rows({"file.yaml": row()})["name"].recipe == Recipe(sparsity=0.5)
+    assert parse_rows({"file.yaml": row(row=None)})["name"].row is None
 
 
 @pytest.mark.parametrize(
@@ -418,7 +497,7 @@ def test_a_good_row_is_read():
         (row(citation__year="soon"), "file.yaml: name: citation.year: "),
         (row(section="chapter 4"), "file.yaml: name: section: "),
         (row(row=261), "file.yaml: name: row: "),
-        (row(fidelity="close"), "file.yaml: name: fidelity: Input should be 'exact' or 'simplified', got 'close'"),
+        (row(fidelity="close"), "file.yaml: name: fidelity: Input should be 'exact', 'simplified' or 'alias_of', got 'close'"),
         (row(differs=[""]), "file.yaml: name: differs[0]: "),
         (row(columns__what=["V"]), "file.yaml: name: columns.what: unknown code 'V'; choices: A, B, D, "),
         (row(columns__budget=None), "file.yaml: name: columns.budget: this field is required"),
@@ -433,19 +512,30 @@ def test_a_good_row_is_read():
 )
 def test_a_wrong_row_is_told_with_file_row_and_field(data, said):
     with pytest.raises(InputError) as error:
-        parse_rows(data, "file.yaml")
+        parse_rows({"file.yaml": data})
     assert str(error.value).startswith(said)
     assert "\n" not in str(error.value)
 
 
 def test_every_code_of_the_survey_has_words():
-    codes = YAML(typ="safe").load(files("niwaki.catalogue").joinpath("codes.yaml").read_text(encoding="utf-8"))
-    assert list(codes) == list(Columns.model_fields)
-    assert all(isinstance(words, str) and words for column in codes.values() for words in column.values())
-    assert len(codes["what"]) == 16
-    assert len(codes["when"]) == 10
+    assert list(CODES) == list(Columns.model_fields)
+    assert all(isinstance(words, str) and words for column in CODES.values() for words in column.values())
+    assert len(CODES["what"]) == 16
+    assert len(CODES["when"]) == 10
 
 
 def test_no_data_file_is_left_unread():
     stored = {entry.name for entry in files("niwaki.catalogue").iterdir() if entry.name.endswith(".yaml")}
-    assert stored == {f"{chapter}.yaml" for chapter in (*CHAPTERS, "codes")}
+    assert stored == {f"{chapter}.yaml" for chapter in (*CHAPTERS, "codes", "left_out")}
+
+
+def test_a_file_with_stages_takes_the_sparsity_of_the_one_stage_that_says_one(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("stages:\n- {for: 1 run}\n- {sparsity: 0.5, allocation: global}\n- {for: 0.5 run}\n")
+    assert [stage.sparsity for stage in find(str(file), 0.75).stages] == [None, 0.75, None]
+    assert find(str(file), 0.75).stages[1].allocation == find(str(file)).stages[1].allocation
+    with pytest.raises(InputError, match="a fraction, not per cent"):
+        find(str(file), 75.0)
+    file.write_text("stages:\n- {for: 1 run, sparsity: 0.5}\n- {for: 1 run, sparsity: 0.6}\n")
+    with pytest.raises(InputError, match=r"mine\.yaml: sparsity: with stages, say it in the stage that prunes"):
+        find(str(file), 0.75)

@@ -1,42 +1,17 @@
-"""Every method that came with the chapters on removal prunes a trained network at once, with exact counts and sound masks."""
+"""Rows that choose what to remove from a trained network prune one at once, with exact counts and sound masks."""
 
 import copy
 
 import pytest
 import torch
+from catalogue.small import ELEMENTS, WEIGHTS, Network, examples, flops, kept, shorter
 from support import pruned_are_zero
-from torch import nn
 from torch.nn import functional
 
 import niwaki
 from niwaki.errors import InputError
 
-WEIGHTS = {"conv.weight": (8, 4, 3, 3), "linear.weight": (8, 8)}
-"""The targets of the network: all but the first convolution and the last layer."""
-ELEMENTS = 8 * 4 * 9 + 8 * 8
 UNITS = {"conv.weight": 8, "linear.weight": 8}
-
-
-class Network(nn.Module):
-    """Every target has a normalization behind it, and no residual sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.first_norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv, self.conv_norm = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.linear, self.linear_norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-        self.last = nn.Linear(8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first_norm(self.first(x)).relu()
-        x = self.conv_norm(self.conv(x)).relu().mean((2, 3))
-        return self.last(self.linear_norm(self.linear(x)).relu())
-
-
-def examples(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 1, 6, 6, generator=generator)
-    return images, (images.square().mean((1, 2, 3)) * 4).long().clamp(3, 5) - 3
 
 
 def network(seed=0):
@@ -70,6 +45,7 @@ ELEMENTWISE = {
     "amc": "amc",
     "evolutionary": "evolutionary",
     "owl": "outlier_weighted",
+    "memory_bounded": "sensitivity",
 }
 """Rows that mask single weights -> what shares them out."""
 
@@ -99,6 +75,9 @@ OF_UNITS = {
     "provable_filter_pruning": "uniform",
     "coreset": "uniform",
     "sensitivity_filters": "sensitivity",
+    "snap_it": "global",
+    "redundant_units": "pfa",
+    "quantified_sensitivity": "uniform",
 }
 """Rows that mask units, likewise."""
 
@@ -106,32 +85,13 @@ PATTERNS = ("two_four", "adaprune")
 BUDGETS = ("energy_aware", "spdy")
 LOOK_BACK = ("supermask", "karnin", "accumulated_movement", "weight_change")
 """Rows that look at the training."""
-OTHERS = ("optimal_cell_damage", "connection_correlation", "eigendamage", "gmp_uniform_plus", "magnitude_threshold", "flops_magnitude")
-"""Rows with a test of their own, below or in a training."""
-# fmt: off
-OLD = (
-    "iterative_magnitude", "train_prune_retrain", "gmp", "dsd", "acdc", "static_erk", "static_uniform", "lottery_ticket",
-    "learning_rate_rewinding", "snip", "magnitude", "random", "movement", "str", "set", "rigl", "top_kast", "filter_l1", "filter_l2",
-    "fpgm", "taylor_filters", "head_importance", "ssl", "network_slimming", "dropnet", "prunetrain", "early_bird_channels", "layerdrop",
-)
-# fmt: on
-"""Rows whose tests are with what they are about: schedules, stages, growth, groups, relaxations."""
-
-SHORTER = {
-    "amc": {"allocation": {"amc": {"episodes": 4, "explore": 2}}},
-    "evolutionary": {"allocation": {"evolutionary": {"population": 4, "generations": 2}}},
-    "obs": {"schedule": {"one_shot": {"rounds": 2}}},
-    "synflow": {"schedule": {"one_shot": {"rounds": 10}}},
-    "iterative_snip": {"schedule": {"one_shot": {"rounds": 6}}},
-    "force": {"schedule": {"one_shot": {"rounds": 6, "revive": True}}},
-}
-"""What makes them quick."""
 
 
 def pruned(name, sparsity=0.5, **fields):
     model = network()
     before = copy.deepcopy(model.state_dict())
-    found = niwaki.prune(model, name, sparsity=sparsity, data=DATA, loss=functional.cross_entropy, **fields)
+    recipe = shorter(niwaki.method(name, sparsity=sparsity))
+    found = niwaki.prune(model, recipe, data=DATA, loss=functional.cross_entropy, **fields)
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert pruned_are_zero(model, found.masks)
     assert found.model is model
@@ -140,18 +100,9 @@ def pruned(name, sparsity=0.5, **fields):
     return found, before
 
 
-def kept(masks):
-    return {name: int(masks[name].sum()) for name in WEIGHTS}
-
-
-def test_every_method_is_run_somewhere():
-    run = [*ELEMENTWISE, *OF_UNITS, *PATTERNS, *BUDGETS, *LOOK_BACK, *OTHERS, *OLD]
-    assert sorted(run) == sorted(niwaki.METHODS)
-
-
 @pytest.mark.parametrize(("name", "allocation"), ELEMENTWISE.items())
 def test_single_weights_are_pruned_at_once(name, allocation):
-    found, before = pruned(name, **SHORTER.get(name, {}))
+    found, before = pruned(name)
     counts = kept(found.masks)
     assert sum(counts.values()) == ELEMENTS // 2
     assert all(count > 0 for count in counts.values())
@@ -165,7 +116,7 @@ def test_single_weights_are_pruned_at_once(name, allocation):
     survivors_move = any(not torch.equal(found.model.state_dict()[n][found.masks[n]], before[n][found.masks[n]]) for n in WEIGHTS)
     compensates = found.recipe.compensation is not None or name in ("obc", "sparsegpt")
     assert survivors_move == compensates
-    again, _ = pruned(name, **SHORTER.get(name, {}))
+    again, _ = pruned(name)
     assert again.masks == found.masks
 
 
@@ -194,12 +145,6 @@ def test_two_of_four_stay(name):
         found.model.state_dict()["conv.weight"][found.masks["conv.weight"]], before["conv.weight"][found.masks["conv.weight"]]
     )
     assert moved == (name == "adaprune")
-
-
-def flops(masks):
-    """Of a forward pass of one example; a multiply-add is two."""
-    first, last = 4 * 9 * 36, 8 * 3
-    return 2 * (first + 36 * int(masks["conv.weight"].sum()) + int(masks["linear.weight"].sum()) + last)
 
 
 def energy(masks):
@@ -257,4 +202,4 @@ def test_rotated_units_leave_a_smaller_copy():
 @pytest.mark.parametrize("name", LOOK_BACK)
 def test_what_looks_at_the_training_needs_one(name):
     with pytest.raises(InputError, match=f"prune: {name} ranks by what it has seen of the training"):
-        pruned(name)
+        niwaki.prune(network(), name, data=DATA, loss=functional.cross_entropy)

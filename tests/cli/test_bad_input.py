@@ -35,7 +35,7 @@ CASES = {
     "unknown component": (("run", "component.yaml", "--task", "digits", "--out", "out"), "did you mean 'magnitude'?"),
     "unknown field": (("run", "field.yaml", "--task", "digits", "--out", "out"), "did you mean 'saliency'?"),
     "not YAML": (("run", "broken.yaml", "--task", "digits", "--out", "out"), "broken.yaml, line 2"),
-    "component of later": (("run", "later.yaml", "--task", "digits", "--out", "out"), "signal_to_noise"),
+    "component of later": (("run", "later.yaml", "--task", "digits", "--out", "out"), "adversarial"),
     "pattern without match": (("run", "pattern.yaml", "--task", "digits", "--out", "out"), "'conv9*' matches no weight"),
     "N above M": (("run", "n_m.yaml", "--task", "digits", "--out", "out"), "n_m"),
     "dimension that a block does not divide": (("run", "block.yaml", "--task", "digits", "--out", "out"), "remainder"),
@@ -97,14 +97,14 @@ CASES = {
     "seeds in the folder of a run": (("run", "gmp", "--task", "digits", "--out", "old", "--seeds", "2"), "--out: old holds a run"),
     "a report in place of the record": (("compare", "old", "--report", "old/run.json"), "--report: old/run.json does not end in .html"),
     "a record to inspect": (("inspect", "old/run.json"), "old/run.json: this is JSON; give the run's folder"),
-    "a record of before": (("compare", "old"), "its schema is 'niwaki.run/1', this version reads 'niwaki.run/3'"),
+    "a record of before": (("compare", "old"), "its schema is 'niwaki.run/1', this version reads 'niwaki.run/4'"),
 }
 
 FILES = {
     "component.yaml": "sparsity: 0.5\nsaliency: magnitud\n",
     "field.yaml": "sparsity: 0.5\nsalience: magnitude\n",
     "broken.yaml": "sparsity: [0.5\n",
-    "later.yaml": "sparsity: 0.5\nsaliency: signal_to_noise\n",
+    "later.yaml": "sparsity: 0.5\nobjective: adversarial\n",
     "pattern.yaml": "sparsity: 0.5\ntarget: {weights: {include: ['conv9*']}}\n",
     "n_m.yaml": "granularity: {n_m: {n: 5, m: 4}}\n",
     "block.yaml": "sparsity: 0.5\ngranularity: {block: {rows: 7, columns: 1}}\n",

@@ -109,7 +109,7 @@ def test_json_of_a_run_is_its_record(niwaki_command, tmp_path):
     printed = json.loads(outcome.out)
     assert printed.pop("folder") == str(tmp_path / "run")
     assert printed == json.loads((tmp_path / "run" / "run.json").read_text())
-    assert printed["schema"] == "niwaki.run/3"
+    assert printed["schema"] == "niwaki.run/4"
     assert printed["choices"]["model"] == "convnet"
 
 
@@ -356,10 +356,11 @@ def test_an_unfinished_run_is_not_compared(niwaki_command, tmp_path):
 def test_methods_lists_the_catalogue(niwaki_command):
     outcome = niwaki_command("methods")
     assert outcome.code == 0
-    rows = {line.split()[0]: line.split() for line in outcome.out.splitlines() if line.strip()}
+    table = outcome.out.partition("\nwhat ")[0]  # and then what the codes mean
+    rows = {line.split()[0]: line.split() for line in table.splitlines() if line.strip()}
     for name, method in METHODS.items():
         assert rows[name][1] == str(method.year)
-        assert rows[name][-1] == method.fidelity
+        assert rows[name][-1] == ("alias" if method.of else method.fidelity)
     assert [row["name"] for row in json.loads(niwaki_command("methods", "--json").out)] == list(METHODS)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console, RenderableType
 from rich.padding import Padding
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -21,11 +20,8 @@ from niwaki.report.groups import ACTIVE, FILE_SIZE, FLOPS, SPARSITY, Family, fam
 from niwaki.report.words import change, deviation, difference
 
 if TYPE_CHECKING:
-    from niwaki.catalogue import Method
-    from niwaki.component import Component
     from niwaki.dependency import Groups
     from niwaki.dry_run import Plan
-    from niwaki.recipe import Recipe
     from niwaki.recipe.stages import Leaf
     from niwaki.training.jobs import Job
     from niwaki.training.record import Measure, Record, Results
@@ -84,7 +80,7 @@ def print_run(record: Record, folder: Path, again: bool, definitions: bool) -> N
         row = [show(measure.dense, measure.unit), show(measure.sparse, measure.unit), change(measure)]
         table.add_row(measure.name, *row, style="bold" if measure is found.measures[0] else None)
     out = console()
-    out.print(_heading(record.choices.method_name, _about(record)))
+    out.print(heading(record.choices.method_name, _about(record)))
     out.print(table)
     if definitions:
         out.print(_defined((measure.name, measure.definition) for measure in shown))
@@ -117,7 +113,7 @@ def print_comparison(runs: Sequence[tuple[str, Record]], definitions: bool) -> N
         first, *others = (m for m in family.measures if m.name not in DETAILS and m.name != SPARSITY)
         others.sort(key=lambda measure: FIRST.index(measure.name) if measure.name in FIRST else len(FIRST))
         table, left_out = _fitting(family, first, others, len(seeds) > 1, out)
-        out.print(_heading(family.title, _about(family.first, what=False, seeds=seeds)))
+        out.print(heading(family.title, _about(family.first, what=False, seeds=seeds)))
         out.print(table)
         notes = [f"left out for lack of room: {', '.join(left_out)}; --json has all"] if left_out else []
         if len(seeds) > 1:
@@ -163,7 +159,7 @@ def print_plan(job: Job, plans: Sequence[tuple[Leaf, Plan]]) -> None:
     """Print what each stage of a recipe would mask while it trains: which tensor, how much, when and why; what it leaves out and why."""
     out = console()
     length = f"{job.steps_per_epoch:,} steps an epoch, {job.training.epochs} epochs a run"
-    out.print(_heading(job.choices.method_name, f"dry run · {job.task.name} · {job.model} · {length}"))
+    out.print(heading(job.choices.method_name, f"dry run · {job.task.name} · {job.model} · {length}"))
     for i, (leaf, plan) in enumerate(_once(plans)):
         if job.recipe.stages is not None:
             out.print(Text("\n" * (i > 0) + f"{leaf.says}\n", style="bold"))
@@ -205,90 +201,10 @@ def _planned(plan: Plan) -> Table:
     return table
 
 
-def print_methods(methods: Sequence[Method]) -> None:
-    """Print the catalogue as the survey's table: its columns in its codes, and what the codes mean."""
-    out = console()
-    columns = [column for column, _ in methods[0].columns if column not in ("what", "regularization") or out.width >= 100]
-    shown = ["reg." if column == "regularization" else column for column in columns]
-    table = table_of("method", "year", *shown, "fidelity", left=range(9))
-    for place in table.columns:
-        place.no_wrap = place.header != "budget"
-        place.min_width = 6
-    meanings: dict[str, dict[str, str]] = {column: {} for column in columns}
-    for method in methods:
-        codes = dict(method.columns)
-        table.add_row(Text(method.name, style="bold"), str(method.year), *(", ".join(codes[c]) or "-" for c in columns), method.fidelity)
-        for column in columns:
-            for code in codes[column]:
-                meanings[column][code] = method.columns.model_copy(update={column: (code,)}).in_words()[column]
-    legend = Table.grid(padding=(0, 2))
-    for column, words in meanings.items():
-        legend.add_row(
-            Text(column, style="bold dim"), Text("; ".join(f"{code} {word}" for code, word in sorted(words.items())), style="dim")
-        )
-    out.print(_heading(f"{len(methods)} methods", "with the columns of the survey's method table (Hoefler et al. 2021)"))
-    out.print(table)
-    out.print(Padding(legend, (1, 0)))
-    strength = [method.name for method in methods if method.by_strength]
-    if strength:
-        out.print(
-            f"The strength of {', '.join(strength)} decides how sparse the model gets: --sparsity needs --cut, a final exact cut, there."
-        )
-    out.print("One method with its source, what differs from it, and its recipe: niwaki methods NAME")
-
-
-def print_method(method: Method) -> None:
-    """Print one method: source, place in the survey, what differs, recipe."""
-    out = console()
-    out.print(_heading(method.name, f"{method.title} · survey section {method.section}" + (f", row {method.row}" if method.row else "")))
-    out.print(Text(str(method.citation)))
-    out.print()
-    words = Table.grid(padding=(0, 2))
-    for column, value in method.columns.in_words().items():
-        words.add_row(Text(column, style="bold"), value)
-    words.add_row(Text("fidelity", style="bold"), method.fidelity)
-    out.print(words)
-    out.print()
-    if method.differs:
-        out.print(Text("differs", style="bold"))
-        items = Table.grid(padding=(0, 1))
-        for line in method.differs:
-            items.add_row("-", Text(line))
-        out.print(Padding(items, (0, 0, 0, 2)))
-        out.print()
-    out.print(Text("recipe", style="bold"))
-    written = Syntax("", "yaml", theme="ansi_dark", background_color="default").highlight(textwrap.indent(method.recipe.to_yaml(), "  "))
-    written.rstrip()
-    out.print(written, soft_wrap=True)  # a line that was broken would not be read as YAML any more
-    equations = {(slot, type(c)): None for slot, c in _components(method.recipe) if type(c).equation}
-    if equations:
-        out.print()
-        out.print(Text("equations", style="bold"))
-        for slot, component in equations:
-            out.print(Padding(Text.assemble((f"{slot} {component.name}: ", "bold dim"), component.equation), (0, 0, 0, 2)))
-            for what, said in (("cost", component.effort), ("when to use it", component.advice)):
-                if said:
-                    out.print(Padding(Text.assemble((f"{what}: ", "dim"), said), (0, 0, 0, 4)))
-
-
-def _components(recipe: Recipe) -> Iterator[tuple[str, Component]]:
-    """Yield what a recipe, or its stages, say, stage by stage, each in the order of the vocabulary."""
-    from niwaki.component import Component
-    from niwaki.recipe.stages import unroll
-    from niwaki.recipe.vocabulary import DEFAULTS
-
-    for leaf in unroll(recipe):
-        for said in (leaf.recipe, leaf.prune):
-            for slot in DEFAULTS:
-                component = getattr(said, slot, None)
-                if said is not None and slot in said.model_fields_set and isinstance(component, Component):
-                    yield slot, component
-
-
 def print_rows(title: str, about: str, table: Table, notes: Iterable[str] = ()) -> None:
     """Print any table in the same dress."""
     out = console()
-    out.print(_heading(title, about))
+    out.print(heading(title, about))
     out.print(table)
     out.print()
     for note in notes:
@@ -304,7 +220,8 @@ def table_of(*columns: str, left: Iterable[int] = (0,)) -> Table:
     return table
 
 
-def _heading(title: str, about: str) -> RenderableType:
+def heading(title: str, about: str) -> RenderableType:
+    """Return a line that says what follows, and about what it is."""
     return Padding(Text.assemble((title, "bold green"), f"  {about}"), (1, 0, 1, 0))
 
 
