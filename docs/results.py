@@ -1,25 +1,34 @@
 """Tables of measured results, from the files in results/: for the pages, and for the README.
 
-``python docs/results.py`` writes them into README.md, between the markers, and draws the picture; a test checks that both are up to date.
+``python docs/results.py`` writes them into README.md, between the markers, and draws the pictures; a test checks that all are up to date.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from niwaki.bench.blocks import METRICS
 from niwaki.bench.oneshot import METHODS
+from niwaki.bench.phenomena import EXPERIMENTS
+from niwaki.bench.results import stored
 from niwaki.metrics.units import show
 from niwaki.report import occams_hill, write
 from niwaki.report.groups import Labelled, families
 from niwaki.training.record import read
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import league
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"(<!-- results: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
 STRUCTURED = re.compile(r"(<!-- structured: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
 ONESHOT = re.compile(r"(<!-- oneshot: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
+LEAGUE = re.compile(r"(<!-- league (table|relations|alone): (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
+PHENOMENON = re.compile(r"(<!-- phenomenon: (\S+) -->)\n.*?<!-- end -->", re.DOTALL)
 COLUMNS = (("file size", "file"), ("forward FLOPs", "FLOPs of a forward pass"), ("training FLOPs", "training FLOPs"))
 
 
@@ -28,7 +37,11 @@ def fill(markdown: str) -> str:
 
     ``<!-- structured: NAME -->`` is filled with what ``niwaki bench structured`` wrote into results/structured/NAME.json, and
     ``<!-- oneshot: NAME -->`` with what ``niwaki bench oneshot`` or ``niwaki bench blocks`` wrote into results/oneshot/NAME.json.
+    ``<!-- league table: NAME -->`` (or ``relations``, ``alone``) is filled with what :mod:`league` says of results/league/NAME.json.
+    ``<!-- phenomenon: NAME -->`` is filled with what ``niwaki bench phenomena NAME`` wrote into results/phenomena/NAME.json.
     """
+    markdown = PHENOMENON.sub(lambda found: _filled(found[1], phenomenon(found[2])), markdown)
+    markdown = LEAGUE.sub(lambda found: _filled(found[1], getattr(league, found[2])(found[3])), markdown)
     markdown = ONESHOT.sub(lambda found: _filled(found[1], oneshot(found[2])), markdown)
     markdown = STRUCTURED.sub(lambda found: _filled(found[1], structured(found[2])), markdown)
     return MARKER.sub(lambda found: _filled(found[1], table(found[2])), markdown)
@@ -110,6 +123,11 @@ def _share(values: list[float]) -> str:
     return f"{100 * fmean(values):.1f}{around}"
 
 
+def phenomenon(name: str) -> str:
+    """Return the table of an experiment on a phenomenon."""
+    return EXPERIMENTS[name].markdown(stored(ROOT / "results" / "phenomena" / f"{name}.json")["rows"])
+
+
 def table(folder: str) -> str:
     """Return one line for the dense model, and one for each method and sparsity: means and standard deviations over the seeds."""
     lines = []
@@ -162,3 +180,5 @@ if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
     write(picture("digits_occams_hill"), ROOT / "docs" / "occams_hill.svg")
+    for name, file in league.PICTURES.items():
+        write(league.picture(name), ROOT / "docs" / file)

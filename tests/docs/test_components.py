@@ -10,7 +10,7 @@ from niwaki.component import REGISTRY
 from niwaki.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOTS = ("saliency", "normalization", "allocation", "compensation")
+SLOTS = ("saliency", "normalization", "allocation", "compensation", "penalty", "relaxation", "growth", "selection", "gradient")
 assert set(SLOTS) <= set(Recipe.model_fields)  # and reading that registers all components
 COMPONENTS = [(slot, name) for slot in SLOTS for name in REGISTRY[slot]]
 

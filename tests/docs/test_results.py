@@ -10,6 +10,7 @@ import pytest
 from niwaki.training.record import read
 
 ROOT = Path(__file__).resolve().parents[2]
+LEAGUES = ["fashion_mnist"]
 
 
 def results_module():
@@ -85,3 +86,74 @@ def test_the_table_of_blocks_says_what_was_measured():
         value = row["nats"] if row.get("nats") is not None else row["similarity"]
         assert f"| {row['network']} | {row['pattern'] or 'dense'} | `{row['method']}` |" in table
         assert f" {value:.4f} |" in table
+
+
+# ---------------------------------------------------------------- the league
+
+
+def league_rows(name):
+    """The finished runs of a league, from the plain JSON."""
+    return [row for row in json.loads((ROOT / "results" / "league" / f"{name}.json").read_text(encoding="utf-8"))["runs"] if row["found"]]
+
+
+def cells_of(table, start):
+    [line] = [line for line in table.splitlines() if start in line]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("name", LEAGUES)
+def test_the_league_says_what_the_runs_say(name):
+    """Every cell computed again: mean and half the range over seeds, the best of a column in bold, what the training cost."""
+    table = results_module().league.table(name)
+    asked = [row for row in league_rows(name) if row["point"].get("sparsity") is not None]
+    sparsities = sorted({row["point"]["sparsity"] for row in asked})
+    values = {}
+    for row in asked:
+        values.setdefault((Path(row["point"]["method"]).stem, row["point"]["sparsity"]), []).append(100 * row["headline"]["sparse"])
+    for method in {method for method, _ in values}:
+        cells = cells_of(table, f"| `{method}` |")
+        for sparsity, cell in zip(sparsities, cells[3 : 3 + len(sparsities)], strict=True):
+            found = values.get((method, sparsity), [])
+            mean, _, around = cell.strip("*").partition(" ± ")
+            assert mean == (f"{sum(found) / len(found):.2f}" if found else "")
+            assert len(found) < 2 or float(around) == pytest.approx((max(found) - min(found)) / 2, abs=0.0051)
+            if cell.startswith("**"):
+                assert sum(found) / len(found) == max(sum(v) / len(v) for (_, s), v in values.items() if s == sparsity)
+    for method in ("gmp", "rigl"):
+        first = [row["found"] for row in asked if row["point"]["method"] == method and row["point"]["sparsity"] == sparsities[0]]
+        cost = sum(row["training_flops"] for row in first) / len(first)  # these last as long as the dense training
+        assert cells_of(table, f"| `{method}` |")[-2].startswith(f"{cost:.2f}")
+
+
+def test_small_dense_networks_have_as_many_parameters_as_the_sparse_ones():
+    rows = league_rows("fashion_mnist")
+    left = {row["point"]["sparsity"]: row["found"]["active_parameters"] for row in rows if row["point"]["method"] == "static_uniform"}
+    small = {float(row["point"]["model"].removeprefix("as_many_as_")): row["found"] for row in rows if "model" in row["point"]}
+    assert small.keys() >= left.keys() >= {0.8}
+    for sparsity, found in ((sparsity, small[sparsity]) for sparsity in left):
+        assert found["active_parameters"] == pytest.approx(left[sparsity], rel=0.06)  # one unit more or less, where there are eight
+        assert found["forward_flops"] == found["dense_forward_flops"]
+
+
+@pytest.mark.parametrize("name", LEAGUES)
+def test_relations_are_paired_by_seed(name):
+    table = results_module().league.relations(name)
+    rows = league_rows(name)
+    heads, cells = cells_of(table, "| expected |"), cells_of(table, "| RigL ≥ SET |")
+    for head, cell in zip(heads[1:], cells[1:], strict=True):
+        here = [row for row in rows if row["point"].get("sparsity") == float(head.removesuffix(" %")) / 100]
+        better, worse = (
+            {row["point"]["seed"]: 100 * row["headline"]["sparse"] for row in here if row["point"]["method"] == method}
+            for method in ("rigl", "set")
+        )
+        found = [better[seed] - worse[seed] for seed in better if seed in worse]
+        assert bool(cell) == bool(found)
+        if found:
+            assert float(cell.strip("*").split(" ± ")[0]) == pytest.approx(sum(found) / len(found), abs=0.0051)
+            assert cell.startswith("**") == (len(found) > 1 and max(found) < 0)
+
+
+@pytest.mark.parametrize("name", LEAGUES)
+def test_the_pictures_of_the_league_are_up_to_date(name):
+    league = results_module().league
+    assert (ROOT / "docs" / league.PICTURES[name]).read_text(encoding="utf-8") == league.picture(name), "run: python docs/results.py"

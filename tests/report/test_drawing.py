@@ -121,3 +121,13 @@ def test_no_seed_is_cut_off():
     marks = [float(one.get("y")) for one in root.iter() if one.tag.endswith("use") and one.get("y")]
     assert len(marks) > 5
     assert all(top - 0.1 <= y <= top + height + 0.1 for y in marks)
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns where a legend leaves no room for the axes
+def test_many_series_leave_room_for_the_axes():
+    names = [f"a_method_with_a_name_{i}" for i in range(60)]
+    hill = figures.occams_hill([figures.Curve(name, {0.5: [0.9], 0.9: [0.89 - 0.01 * i / 60]}) for i, name in enumerate(names)], [0.9])
+    points = [figures.Point(name, 10.0 + i, 0.88 + 0.0001 * i, 0.0, on_front=i == 0) for i, name in enumerate(names)]
+    trade = figures.trade_off(points, figures.Point("dense", 100.0, 0.9, 0.0, on_front=True), "size", "accuracy", "share")
+    for svg in (hill, trade):
+        assert all(name in svg for name in names)

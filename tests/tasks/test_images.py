@@ -132,6 +132,7 @@ def test_damaged_files_are_named_with_what_was_expected(tmp_path, file, content,
         ("fashion_mnist", "lenet_5", 431_080),
         ("cifar10", "resnet20", 269_722),
         ("cifar10", "resnet56", 853_018),
+        ("cifar10", "resnet8", 9 * (3 * 16 + 2 * 16**2 + 16 * 32 + 32**2 + 32 * 64 + 64**2) + 2 * (3 * 16 + 2 * 32 + 2 * 64) + 650),
         ("cifar10", "vgg_small", 9 * 508_288 + 4 * 896 + 81_930),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
+from math import ceil, sqrt
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,7 @@ def occams_hill(
     everything = [scale * value for curve in curves for values in curve.points.values() for value in values]
     near = 3 * max(0.01 * scale, scale * _standard_error(dense), max(everything) - centre)
     zoomed = unit == "share" and min(everything) < centre - 2 * near
-    figure = new(height=4.6 if zoomed else 3.0)
+    figure = new(height=(4.6 if zoomed else 3.0) + _room([curve.name for curve in curves]))
     panels = figure.subplots(2 if zoomed else 1, 1, sharex=True, squeeze=False)[:, 0]
     for axes in panels:
         axes.set_xscale("function", functions=(_to_activity, _from_activity))
@@ -183,13 +183,13 @@ def trade_off(points: Sequence[Point], dense: Point, cost: str, metric: str, uni
     """Draw a metric against a cost, on a logarithmic axis: filled marks are on the Pareto front, hollow ones are not."""
     from matplotlib.lines import Line2D
 
-    figure = new(height=3.0)
-    axes = figure.subplots()
     scale = _scale(unit)
     looks = {
         name: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(dict.fromkeys(one.series for one in points))
     }
     looks["dense"] = (INK, "*")
+    figure = new(height=3.0 + _room(list(looks)))
+    axes = figure.subplots()
     front = sorted((one.cost, scale * one.metric) for one in (*points, dense) if one.on_front)
     axes.plot([x for x, _ in front], [y for _, y in front], color=QUIET, linewidth=1.0, linestyle="--", zorder=1)
     for one, name in [*((one, one.series) for one in points), (dense, "dense")]:
@@ -274,6 +274,11 @@ def _shade(axes: Axes, regions: Regions, named: bool) -> None:
 def _columns(names: Sequence[str]) -> int:
     """Return how many columns of a legend fit into the width of a figure."""
     return max(1, int(WIDTH * 72 / (5.5 * max(map(len, names)) + 40)))
+
+
+def _room(names: Sequence[str]) -> float:
+    """Return how many inches a legend needs beyond the few rows that every figure has room for."""
+    return 0.17 * max(0, ceil(len(names) / _columns(names)) - 3) if names else 0.0
 
 
 def _titled(metric: str, unit: str) -> str:

@@ -9,6 +9,7 @@ from niwaki.errors import InputError
 from niwaki.metrics.units import show
 from niwaki.recipe import Recipe
 from niwaki.recipe import text as yaml
+from niwaki.removed import ADDED
 from niwaki.report import bars, figures, groups
 from niwaki.report.page import (
     Cell,
@@ -327,7 +328,7 @@ def _environment(record: Record) -> str:
 def _files(found: Results) -> str:
     rows = [(found.model.file, number(found.model.bytes, "bytes"), found.model.sha256), ("masks", number(None), found.masks_hash)]
     removed = [
-        (f"{name}, dimension {dimension}", Cell(f"{len(kept):,} kept", len(kept)), " ".join(map(str, kept)))
+        (f"{name}, dimension {dimension}", _kept(kept), " ".join(map(str, kept)))
         for name, dimensions in found.removed.tensors.items()
         for dimension, kept in dimensions.items()
     ]
@@ -335,11 +336,17 @@ def _files(found: Results) -> str:
     removed += [(path, Cell("a number", 0), str(value)) for path, value in found.removed.attributes.items()]
     return table("files", "Files and hashes", ("what", "size", "SHA-256"), rows) + table(
         "removed",
-        "What was taken out of the model",
-        ("what", "entries or blocks", "indices that were kept, or the value"),
+        "What was taken out of the model, or added",
+        ("what", "entries or blocks", "indices that were kept (-1: added), or the value"),
         removed,
         folded=True,
     )
+
+
+def _kept(indices: Sequence[int]) -> Cell:
+    added = indices.count(ADDED)
+    text = f"{len(indices) - added:,} kept" + (f", {added:,} added" if added else "")
+    return Cell(text, len(indices))
 
 
 def _plain(value: object) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from niwaki.errors import InputError, did_you_mean
 from niwaki.tasks.digits import DIGITS
 from niwaki.tasks.images import CIFAR10, FASHION_MNIST, MNIST
-from niwaki.tasks.protocol import Data, Examples, Inputs, Metric, Model, Task, Training
+from niwaki.tasks.protocol import Data, Examples, Inputs, Metric, Model, Subset, Task, Training
 from niwaki.tasks.sentences import SENTENCES, SST2
 from niwaki.tasks.text import CHARACTERS
 
@@ -41,4 +41,4 @@ def find(name: str, model: str | None = None) -> Task:
     return task
 
 
-__all__ = ["TASKS", "Data", "Examples", "Inputs", "Metric", "Model", "Task", "Training", "find"]
+__all__ = ["TASKS", "Data", "Examples", "Inputs", "Metric", "Model", "Subset", "Task", "Training", "find"]

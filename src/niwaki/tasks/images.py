@@ -187,6 +187,7 @@ CIFAR10 = Task(
     models={
         "resnet20": Model(lambda data: ResNet(3, classes=len(data.classes)), _FROM_SCRATCH),
         "resnet56": Model(lambda data: ResNet(9, classes=len(data.classes)), _FROM_SCRATCH),
+        "resnet8": Model(lambda data: ResNet(1, classes=len(data.classes)), _FROM_SCRATCH),
         "vgg_small": Model(lambda data: VGG(classes=len(data.classes)), _FROM_SCRATCH.model_copy(update={"weight_decay": 5e-4})),
     },
     data=load_cifar10,

@@ -115,7 +115,7 @@ class _Residual(nn.Module):
 class ResNet(nn.Module):
     """The residual network for CIFAR (He et al. 2016) with ``6 · blocks + 2`` layers and option-A shortcuts.
 
-    3 blocks make ResNet-20, 9 make ResNet-56. Input ``[batch, 3, 32, 32]``; output ``[batch, classes]``.
+    1 block makes ResNet-8, 3 make ResNet-20, 9 make ResNet-56. Input ``[batch, 3, 32, 32]``; output ``[batch, classes]``.
     """
 
     def __init__(self, blocks: int = 3, classes: int = 10, width: int = 16) -> None:

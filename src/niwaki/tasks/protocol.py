@@ -50,12 +50,33 @@ class Examples(Protocol):
 
 
 @dataclass(frozen=True)
+class Subset:
+    """Some of other examples, by their indices.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> Subset(TensorDataset(torch.tensor([1, 2, 3])), torch.tensor([2, 0]))[torch.tensor([0])]
+    (tensor([3]),)
+    """
+
+    examples: Examples
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: Tensor) -> tuple[Any, ...]:
+        return self.examples[self.indices[indices]]
+
+
+@dataclass(frozen=True)
 class Data:
     """The examples to train on and those to test on.
 
     Attributes:
         train: to learn from.
-        test: to evaluate on; never learned from.
+        test: to evaluate on; never learned from, and nothing is decided by them.
+        validation: to decide by while training, for methods that follow the loss on examples that are not learned from. None: where a
+            method needs some, a tenth of ``train`` is held out.
         classes: names of the classes, when targets are class numbers: recall is then told by class.
         facts: what a model must know of the data to be built, such as ``{"vocabulary": 65}``.
         tokens_per_example: for times in ``tokens``.
@@ -66,11 +87,12 @@ class Data:
     classes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     tokens_per_example: int | None = None
+    validation: Examples | None = None
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all examples, in hexadecimal digits: equal data, equal fingerprint."""
         digest = hashlib.sha256()
-        for examples in (self.train, self.test):
+        for examples in (self.train, self.test, *(() if self.validation is None else (self.validation,))):
             digest.update(len(examples).to_bytes(8, "little"))
             whole = getattr(examples, "tensors", None)  # as TensorDataset has them: without the work of making batches
             batches = [whole] if whole is not None else _batches(examples)
