@@ -17,6 +17,12 @@ PAGES = {
     "normalization": "allocations.md",
     "allocation": "allocations.md",
     "compensation": "compensations.md",
+    "penalty": "penalties.md",
+    "relaxation": "relaxations.md",
+    "growth": "growth.md",
+    "initial_value": "growth.md",
+    "selection": "growth.md",
+    "gradient": "growth.md",
 }
 """Slots with a page of their own."""
 
@@ -29,6 +35,13 @@ NEEDS = {
     "loss": "losses of trials",
     "observe": "weights",
 }
+READS = {
+    "active": "how probably the relaxation's gates or weights are active",
+    "divergence": "the divergence of the relaxation's posterior",
+    "threshold": "the relaxation's thresholds",
+}
+"""What penalties read that are of no weight, scale or gate."""
+
 SECTION = re.compile(r"^(Attributes|Source|Raises|Args|Returns):|^>>> ", re.MULTILINE)
 
 
@@ -87,7 +100,9 @@ def looks_at(cls: type[Component]) -> str:
         component = cls()
     except InputError:  # a setting has no default, so nobody can say yet
         return "what its settings ask for" if hasattr(cls, "wants") else ""
-    asked: list[str] = [NEEDS[need] for need in sorted(cls.needs) if need in NEEDS]
+    asked: list[str] = [NEEDS[need] for need in sorted(component.needs) if need in NEEDS]
+    asked += [NEEDS["gradient"]] if getattr(component, "wants_gradient", False) else []
+    asked += [READS[component.reads]] if getattr(component, "reads", None) in READS else []
     wanted: frozenset[str] = getattr(component, "wants", frozenset())
     asked += [NEEDS[want] for want in sorted(wanted) if want in NEEDS]
     requests: tuple[Statistic, ...] = getattr(component, "statistics", ())

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import niwaki
-from niwaki.catalogue import Columns, Method
+from niwaki.catalogue import CHAPTERS, Columns, Method, left_out
+from niwaki.catalogue.rows import by_chapter
+from niwaki.catalogue.search import command
 from niwaki.component import REGISTRY, Component, describe
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -54,24 +56,44 @@ def _value(value: Any) -> Any:
 
 
 def methods() -> str:
-    """Return the catalogue as a table in the survey's columns, then each method with its source, differences and recipe."""
-    rows = [
-        (f"[`{m.name}`](#{m.name})", str(m.year), m.section, *m.columns.in_words().values(), m.fidelity) for m in niwaki.METHODS.values()
-    ]
-    columns = ("method", "year", "survey", *Columns.model_fields, "fidelity")
-    return "\n\n".join([_table(columns, rows), *(_method(m) for m in niwaki.METHODS.values())])
+    """Return the catalogue chapter by chapter: a table in the survey's columns, then each method with source, differences and recipe."""
+    chapters = [(f"[{CHAPTERS[chapter]}](#chapter-{chapter})", str(len(rows))) for chapter, rows in by_chapter().items()]
+    parts = [_table(("chapter", "methods"), [*chapters, ("[Left out](#left-out)", str(len(left_out())))])]
+    for chapter, rows in by_chapter().items():
+        lines = [(f"[`{m.name}`](#{m.name})", str(m.year), _survey(m), *m.columns.in_words().values(), _faithful(m)) for m in rows]
+        table = _table(("method", "year", "survey", *Columns.model_fields, "fidelity"), lines)
+        parts += [f"## {CHAPTERS[chapter]} {{ #chapter-{chapter} }}", table, *(_method(m) for m in rows)]
+    return "\n\n".join([*parts, "## Left out { #left-out }", LEFT_OUT, missing()])
+
+
+LEFT_OUT = "Rows of the survey's method table for which there is no method yet, and the component that they would need."
+
+
+def missing() -> str:
+    """Return the rows of the survey's method table that are left out, as a table."""
+    rows = [(str(row.row), row.name, row.authors, str(row.year), row.lacks, row.why) for row in left_out().values()]
+    return _table(("row", "name", "authors", "year", "lacks", "why"), rows)
+
+
+def _survey(method: Method) -> str:
+    return method.section + (f", row {method.row}" if method.row is not None else "")
+
+
+def _faithful(method: Method) -> str:
+    return method.fidelity if method.of is None else f"alias of [`{method.of}`](#{method.of})"
 
 
 def _method(method: Method) -> str:
     differs = "\n".join(f"- {difference}" for difference in method.differs)
-    return "\n\n".join(
-        [
-            f"## {method.title} {{ #{method.name} }}",
-            f"`{method.name}` ({method.fidelity}). {method.citation}",
-            f"What differs from the paper:\n\n{differs}" if differs else "Nothing differs from the paper.",
-            f"```yaml\n{method.recipe.to_yaml()}```",
-        ]
-    )
+    recipe = f"```yaml\n{method.recipe.to_yaml()}```" if method.of is None else ""
+    parts = [
+        f"### {method.title} {{ #{method.name} }}",
+        f"`{method.name}` ({_faithful(method)}). {method.citation}",
+        f"What differs from the paper:\n\n{differs}" if differs else "Nothing differs from the paper.",
+        recipe,
+        f"```sh\n{command(method)}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def public_face() -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from niwaki.cli.options import definitions_option, json_option, print_json
+from niwaki.cli.options import PATH, definitions_option, json_option, print_json
 from niwaki.cli.training import report_link
 from niwaki.errors import InputError
 
@@ -15,7 +15,7 @@ from niwaki.errors import InputError
     short_help="Show finished runs side by side.",
     epilog="\b\nExamples:\n  niwaki compare runs/gmp runs/rigl\n  niwaki compare runs/* --report comparison.html",
 )
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=PATH)
 @click.option(
     "--report",
     "page",

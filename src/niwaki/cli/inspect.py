@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from niwaki.cli.options import json_option, print_json
+from niwaki.cli.options import PATH, json_option, print_json
 from niwaki.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Row:
     short_help="Look into a .safetensors file or a run.",
     epilog="\b\nExamples:\n  niwaki inspect runs/gmp\n  niwaki inspect model.safetensors --json",
 )
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Show the tensors of a .safetensors file, of this project or any other: shapes, types, encodings, sparsity and sizes.
