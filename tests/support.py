@@ -87,6 +87,18 @@ EDGE_POPUP = (
     "sparsity: 0.5\nsaliency: score\nrelaxation: {straight_through: {scores: uniform, learning_rate: 1e-1}}\ngradient: frozen\n"
     "schedule: {constant: {every: 1 steps}}"
 )
+MOMENTUM = (
+    "sparsity: 0.8\nschedule: {constant: {every: 4 steps, end: 0.75 run}}\n"
+    "growth: {momentum: {fraction: 0.3, initial_value: {normal: {scale: 0.5}}}}"
+)
+REWIRING = "sparsity: 0.8\nschedule: {constant: {every: 1 steps, end: 1 run}}\ngrowth: {rewiring: {strength: 1e-3, temperature: 1e-5}}"
+SOFT_REWIRING = "relaxation: {soft_rewiring: {density: 0.2, strength: 1e-3, temperature: 1e-6}}"
+SURGERY = (
+    "selection: {hysteresis: {rate: 0.2, gamma: 0.1}}\nschedule: {constant: {every: 1 steps, end: 0.75 run}}\nrelaxation: latent\n"
+    "gradient: dense"
+)
+GUMBEL = "sparsity: 0.8\nselection: gumbel\nschedule: {constant: {every: 4 steps, end: 0.75 run}}\nrelaxation: latent\ngradient: dense"
+SELECTED = "sparsity: 0.8\nallocation: global\nschedule: {one_shot: {at: 0.25 run}}\ngradient: selected"
 RECIPES = {
     "gmp": GMP,
     "rigl": RIGL,
@@ -97,6 +109,12 @@ RECIPES = {
     "str": STR,
     "movement": MOVEMENT,
     "edge_popup": EDGE_POPUP,
+    "momentum": MOMENTUM,
+    "rewiring": REWIRING,
+    "soft_rewiring": SOFT_REWIRING,
+    "surgery": SURGERY,
+    "gumbel": GUMBEL,
+    "selected": SELECTED,
 }
 
 

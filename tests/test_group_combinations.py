@@ -84,8 +84,11 @@ SCHEDULES = {
     "cubic": EVERY_STEP,
     "exponential": EVERY_STEP,
     "cosine": EVERY_STEP,
+    "polynomial": EVERY_STEP,
     "mask_stability": {**EVERY_STEP, "window": 2},
 }
+WITHOUT_COUNTS = {"adaptive", "rising_loss", "threshold_ramp"}
+"""Schedules that follow a validation loss, or have thresholds in the place of counts: they have tests of their own."""
 SALIENCIES = sorted({cls.name for cls in REGISTRY["saliency"].values()})
 CASES = list(itertools.product(SALIENCIES, UNITS))
 WATCHING = {"accumulated_movement", "from_init", "karnin", "weight_change"}
@@ -93,6 +96,7 @@ WATCHING = {"accumulated_movement", "from_init", "karnin", "weight_change"}
 SINGLE_WEIGHTS = "granularity: saliency '{}' chooses single weights, not pieces of "
 NO_NORMS = "saliency: '{}' scores scales of a normalization, and group q:head has none"
 ONE_TENSOR = "saliency: '{}' compares the units of one tensor, and a tensor belongs to one layer"
+NO_VARIANCE = "saliency: '{}' needs a relaxation that learns a variance, not 'hard'"
 NOT_LINEAR = "saliency {}: .* is a convolution; only linear layers have one connection of two neurons"
 REFUSED = {
     (saliency, granularity): said.format(saliency)
@@ -101,6 +105,7 @@ REFUSED = {
         (NO_NORMS, ("norm_scale", "gate_decorator"), ("head", "group")),
         (ONE_TENSOR, ("similarity", "merge_cost", "correlation", "subset_selection", "coreset"), ("layer",)),
         (NOT_LINEAR, ("connection_correlation",), ("channel", "layer", "group")),
+        (NO_VARIANCE, ("signal_to_noise",), UNITS),
     )
     for saliency in saliencies
     for granularity in granularities
@@ -112,12 +117,12 @@ NO_SIZES = {
     "error_bound": "allocation.error_bound: '.*' has negative or infinite scores, which are no errors",
 }
 """What cannot rank scores that are no sizes -> what it says."""
-MAY_FALL = {"accumulated_movement", "coreset", "from_init", "grasp", "karnin", "score"}
+MAY_FALL = {"accumulated_movement", "coreset", "from_init", "grasp", "karnin", "score", "t_statistic"}
 """Saliencies whose scores may be negative or infinite."""
 
 
 def test_nothing_is_forgotten():
-    assert set(SCHEDULES) == {cls.name for cls in REGISTRY["schedule"].values()}
+    assert set(SCHEDULES) | WITHOUT_COUNTS == {cls.name for cls in REGISTRY["schedule"].values()}
     assert set(REGISTRY["allocation"]) == {*ALLOCATIONS, *OTHERS, "redistribution"}
     assert {group.kind for group in GROUPS.removable} >= {kind for kinds in UNITS.values() for kind in kinds}
     watching = {name for name in SALIENCIES if any(r.source == "steps" for r in REGISTRY["saliency"][name]().statistics)}

@@ -20,7 +20,7 @@ STEPS, HALF = 280, 150
 WITHOUT_STAGES = [
     name
     for name, method in niwaki.METHODS.items()
-    if method.recipe.stages is None and method.recipe.granularity.name != "eigenbasis"  # this one is for niwaki.prune alone
+    if method.recipe.stages is None and method.recipe.granularity.name not in ("eigenbasis", "head")  # for niwaki.prune; the net has none
 ]
 """Rows that one sparsifier carries out; stages are for what trains through them, and are tested with it."""
 
@@ -37,6 +37,9 @@ OWN = {
     "recalibrated": GRADUAL + "granularity: output_channel\ncompensation: batchnorm_recalibration",
     "redistribution": "sparsity: 0.8\nschedule: {constant: {every: 40 steps}}\n"
     "growth: gradient\nallocation: {redistribution: {by: gradient}}",
+    "survivors": "sparsity: 0.8\nschedule: {constant: {every: 40 steps}}\nallocation: {redistribution: {by: survivors}}\n"
+    "growth: {random: {fraction: 0.1, threshold: {initial: 1e-3}, initial_value: initial}}",
+    "hebbian": "sparsity: 0.8\nschedule: {constant: {every: 40 steps}}\ngrowth: {locality: {by: hebbian, initial_value: uniform}}",
     "sparsegpt": GRADUAL + "saliency: {sparsegpt: {damping: 0.1}}",
 }
 """Recipes with something to remember from step to step, or that change weights at an update, before the half and after it."""
@@ -52,7 +55,16 @@ def start(row):
     model.fc2.register_forward_hook(lambda module, args, out: functional.dropout(out, 0.1))  # something that draws from torch's generator
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1e-2)
     data = [batch(-1)] if "gradient" in chosen.saliency.needs or any(True for _ in reasons(chosen)) else None
-    sparsifier = niwaki.Sparsifier(model, chosen, total_steps=STEPS, steps_per_epoch=20, data=data, loss=functional.cross_entropy)
+    sparsifier = niwaki.Sparsifier(
+        model,
+        chosen,
+        total_steps=STEPS,
+        steps_per_epoch=20,
+        data=data,
+        loss=functional.cross_entropy,
+        validation=[batch(800)],
+        example=(batch(-1)[0],),
+    )
     sparsifier.attach(optimizer)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     return model, optimizer, scheduler, sparsifier

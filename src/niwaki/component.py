@@ -23,12 +23,7 @@ REGISTRY: dict[str, dict[str, type[Component]]] = {}
 
 PLANNED: dict[str, frozenset[str]] = {
     "target": frozenset({"heads", "activations", "errors", "gradients", "router"}),
-    "saliency": frozenset({"signal_to_noise"}),
-    "schedule": frozenset({"adaptive", "threshold_ramp"}),
-    "selection": frozenset({"hysteresis", "bernoulli", "gumbel", "sampled_top_k"}),
-    "growth": frozenset({"momentum", "locality"}),
-    "relaxation": frozenset({"hard_concrete", "sigmoid_anneal", "variational_noise"}),
-    "penalty": frozenset({"l2", "lp", "sparse_group_lasso", "hoyer", "polarization", "expected_l0", "kl"}),
+    "selection": frozenset({"sampled_top_k"}),
     "objective": frozenset({"adversarial"}),
     "memory": frozenset({"error_feedback", "momentum_correction"}),
 }

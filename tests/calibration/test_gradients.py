@@ -11,7 +11,7 @@ from niwaki.calibration import Arguments, collect, gradients
 from niwaki.calibration.labels import sampled_labels
 from niwaki.calibration.run import Run
 from niwaki.errors import InputError
-from niwaki.statistics import GradientBank, GradientSquare
+from niwaki.statistics import GradientBank, GradientMean, GradientSquare
 
 
 def by_hand(model, names, data, loss, each=1):
@@ -41,11 +41,12 @@ def test_gradients_of_examples_are_those_of_backward(problem, at_once, monkeypat
         if problem != "recurrent":  # torch cannot vectorize those
             monkeypatch.setattr(gradients, "one_by_one", None)
         data = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
-    asked = [GradientBank(None), GradientSquare(None)]
+    asked = [GradientBank(None), GradientSquare(None), GradientMean(None)]
     found = collect(model, data, cross_entropy, watched(model, *names), asked)
     for name in names:
         torch.testing.assert_close(found[name][asked[0]].flatten(1), expected[name].flatten(1), rtol=1e-11, atol=1e-14)
         torch.testing.assert_close(found[name][asked[1]].flatten(), expected[name].square().mean(0).flatten(), rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(found[name][asked[2]].flatten(), expected[name].mean(0).flatten(), rtol=1e-11, atol=1e-14)
         assert found[name][asked[1]].shape == watched(model, name)[0].layout.shape
     assert not model.get_parameter(names[0]).requires_grad
     assert model.training

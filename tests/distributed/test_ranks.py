@@ -15,7 +15,13 @@ from niwaki.masks import local
 from niwaki.sparsifier import hold
 
 STEPS, WORLD = 14, 2
-NAMES = ["gmp", "rigl", "set", "static", "top_kast", "str", "movement", "held", "gmp from masks", "rigl from masks"]
+NEW = ["momentum", "rewiring", "soft_rewiring", "surgery", "gumbel", "selected"]
+NAMES = ["gmp", "rigl", "set", "static", "top_kast", "str", "movement", "held", "gmp from masks", "rigl from masks", *NEW]
+MEASURING = {
+    "rising thresholds": "schedule: {threshold_ramp: {begin: 2 steps, ramp: 6 steps, end: 12 steps, every: 3 steps, share: 0.6}}",
+    "adaptive": "allocation: global\nschedule: {adaptive: {every: 2 steps, end: 12 steps, gain: 0.1}}",
+}
+NAMES += MEASURING
 
 
 def plain_net():
@@ -33,14 +39,24 @@ def masks_of(model):
 
 def run(model, name, rank, world, optimizer=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    start = None if name in RECIPES else masks_of(plain_net())
+    start = None if name in {**RECIPES, **MEASURING} else masks_of(plain_net())
     if name == "held":
         sparsifier = hold(model, start).attach(optimizer)
     else:
-        chosen = recipe(RECIPES[name.removesuffix(" from masks")])
+        chosen = recipe({**RECIPES, **MEASURING}[name.removesuffix(" from masks")])
+        images, labels = batch(900, 32, dtype=torch.float64)
+        part = slice(32 * rank // world, 32 * (rank + 1) // world)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the first mask is chosen at the first step")
-            sparsifier = niwaki.Sparsifier(model, chosen, masks=start, total_steps=STEPS, seed=1).attach(optimizer)
+            sparsifier = niwaki.Sparsifier(
+                model,
+                chosen,
+                masks=start,
+                total_steps=STEPS,
+                seed=1,
+                validation=[(images[part], labels[part])],
+                loss=functional.cross_entropy,
+            ).attach(optimizer)
     for step in range(STEPS):
         images, labels = batch(step, 16, dtype=torch.float64)
         part = slice(rank * 16 // world, (rank + 1) * 16 // world)

@@ -8,6 +8,7 @@ from niwaki.recipe import Recipe
 STR = "relaxation: soft_threshold"
 MOVEMENT = "relaxation: straight_through, saliency: score"
 UPDATES = "schedule: {constant: {every: 10 steps}}"
+ALWAYS = "schedule: {constant: {every: 1 steps, end: 1 run}}"
 PHASES = "schedule: {phases: {dense: [0, 20], sparse: [10, 30], unit: steps}}"
 
 REFUSED = [
@@ -94,7 +95,7 @@ REFUSED = [
     # learned scores
     (
         "{sparsity: 0.9, saliency: score}",
-        "saliency: 'score' needs a relaxation that learns scores, not 'hard'; choices: soft_threshold, straight_through",
+        "saliency: 'score' needs a relaxation that learns scores, not 'hard'; choices: dynamic_threshold, factor, ",
     ),
     ("{sparsity: 0.9, saliency: score, relaxation: latent}", "saliency: 'score' needs a relaxation that learns scores, not 'latent'"),
     (
@@ -147,7 +148,7 @@ REFUSED = [
     # who learns
     (
         "{sparsity: 0.9, gradient: dense}",
-        "gradient: 'dense' needs a relaxation that keeps dense weights, not 'hard'; choices: active, or relaxation dropout, latent, ",
+        "gradient: 'dense' needs a relaxation that keeps dense weights, not 'hard'; choices: active, or relaxation dropout, dynamic_threshold, ",
     ),
     ("{sparsity: 0.9, gradient: frozen}", "gradient: 'frozen' needs a relaxation that keeps dense weights, not 'hard'"),
     (
@@ -156,7 +157,7 @@ REFUSED = [
     ),
     (
         f"{{sparsity: 0.9, gradient: frozen, relaxation: latent, {UPDATES}}}",
-        "gradient: 'frozen' with relaxation 'latent' would train nothing; choices: active, dense, or relaxation soft_threshold, ",
+        "gradient: 'frozen' with relaxation 'latent' would train nothing; choices: active, dense, or relaxation dynamic_threshold, ",
     ),
     (
         f"{{sparsity: 0.9, relaxation: latent, gradient: {{superset: {{sparsity: 0.9}}}}, {UPDATES}}}",
@@ -241,10 +242,74 @@ REFUSED = [
     ),
     (
         "{sparsity: 0.5, allocation: redistribution}",
-        "allocation: 'redistribution' shares out what grows back, and growth 'none' does not; choices: gradient, random",
+        "allocation: 'redistribution' shares out what grows back, and growth 'none' does not; choices: gradient, locality, momentum, ran",
     ),
     ("{sparsity: 0.5, granularity: 4x1, allocation: {uniform: {per: row}}}", "allocation.uniform.per: 'row' is of single weights that are"),
-    (f"{{sparsity: 0.5, growth: random, {UPDATES}, allocation: {{uniform: {{per: row}}}}}}", "allocation.uniform.per: 'row' is of single"),
+    (
+        "{allocation: {uniform: {per: row}}, sparsity: 0.5, selection: bernoulli}",
+        "selection: 'bernoulli' draws every piece by itself, and a",
+    ),
+    (
+        "{sparsity: 0.5, allocation: {uniform: {per: row, ablation: 0.3}}}",
+        "allocation.uniform.ablation: rows are ablated while weights are",
+    ),
+    ("{sparsity: 0.5, allocation: {uniform: {ablation: 0.3}}}", "allocation.uniform.ablation: it is of rows; say per: row, or drop it"),
+    ("{granularity: 2:4, selection: bernoulli}", "selection: 'bernoulli' draws every piece by itself, and granularity 'n_m' counts them"),
+    (
+        f"{{sparsity: 0.5, selection: bernoulli, growth: random, {UPDATES}}}",
+        "selection: 'bernoulli' draws every piece by itself, and growth",
+    ),
+    ("{sparsity: 0.5, selection: gumbel, saliency: sparsegpt}", "selection: 'gumbel' has no effect, as saliency 'sparsegpt' chooses"),
+    ("{selection: gumbel, schedule: threshold_ramp}", "selection: 'gumbel' draws a count, and schedule 'threshold_ramp' has thresholds"),
+    (
+        f"{{selection: hysteresis, {UPDATES}}}",
+        "selection: 'hysteresis' brings weights back by their values, which relaxation 'hard' forgets",
+    ),
+    (
+        "{selection: hysteresis, relaxation: latent, sparsity: 0.5}",
+        "sparsity: how many pieces go is decided by the value of selection 'hyste",
+    ),
+    (f"{{sparsity: 0.5, growth: rewiring, {UPDATES}}}", "schedule: growth 'rewiring' acts after every step; choices: {constant: "),
+    (
+        f"{{sparsity: 0.5, granularity: 4x1, growth: rewiring, {ALWAYS}}}",
+        "granularity: growth 'rewiring' is of single weights, which have a",
+    ),
+    (
+        f"{{sparsity: 0.5, allocation: {{redistribution: {{by: gradient}}}}, growth: rewiring, {ALWAYS}}}",
+        "allocation: 'redistribution' looks at gradients, and growth 'rewiring' acts after the step; choose another",
+    ),
+    (f"{{sparsity: 0.5, granularity: channel, growth: locality, {UPDATES}}}", "growth: 'locality' is about connections between units, and"),
+    ("{sparsity: 0.5, gradient: selected, relaxation: latent}", "gradient: 'selected' is of the weights themselves, not of those behind"),
+    ("{penalty: l1, gradient: selected}", "gradient.selected.sparsity: missing; say what share takes no gradient, or give the recipe a"),
+    # schedules that measure how much is to go
+    (
+        "{schedule: adaptive, granularity: 2:4}",
+        "granularity: 'n_m' fixes the sparsity, and schedule 'adaptive' decides it; drop one of them",
+    ),
+    (
+        "{schedule: rising_loss, allocation: {flops_budget: {flops: 0.25}}}",
+        "allocation: 'flops_budget' decides how many pieces go, and so does schedule 'rising_loss'; drop one of them",
+    ),
+    ("{schedule: adaptive, growth: random}", "growth: 'random' needs a sparsity to keep, and schedule 'adaptive' measures how much goes"),
+    (
+        "{schedule: adaptive, sparsity: 0.9, relaxation: latent, gradient: {superset: {sparsity: 0.5}}}",
+        "gradient: 'superset' needs a sparsity to be below, and schedule 'adaptive' measures what goes; choices: active, dense",
+    ),
+    (
+        "{schedule: adaptive, granularity: output_channel, relaxation: dropout}",
+        "relaxation: 'dropout' gives each step other weights, and schedule 'adaptive' follows the loss of those that are there at an",
+    ),
+    ("{schedule: threshold_ramp, sparsity: 0.9}", "sparsity: how many pieces go is decided by the thresholds of schedule 'threshold_ramp'"),
+    ("{schedule: threshold_ramp, allocation: global}", "allocation: has no effect, as schedule 'threshold_ramp' has a threshold for each"),
+    ("{schedule: threshold_ramp, saliency: obc}", "saliency: 'obc' needs a count of weights, and schedule 'threshold_ramp' has thresholds"),
+    ("{schedule: threshold_ramp, growth: all}", "growth: 'all' needs a sparsity to keep, and schedule 'threshold_ramp' measures"),
+    ("{schedule: adaptive, selection: {threshold: 0.1}}", "schedule: 'adaptive' says how sparse, and selection 'threshold' decides that"),
+    # the size of a hidden weight does not say on which side of zero it is
+    ("{sparsity: 0.9, relaxation: soft_rewiring}", "sparsity: the strength of relaxation 'soft_rewiring' decides it; drop it"),
+    (
+        "{sparsity: 0.9, relaxation: soft_rewiring, saliency: score, schedule: {one_shot: {at: 1 run}}}",
+        "saliency: 'score' needs a relaxation that learns scores, not 'soft_rewiring'; choices: ",
+    ),
     # units are compared with their likes
     *(
         (f"{{sparsity: 0.5, granularity: layer, saliency: {name}}}", f"saliency: {name!r} compares the units of one tensor, and a tensor")
@@ -269,6 +334,11 @@ def test_impossible_combinations_are_refused(yaml, said):
     "yaml",
     [
         "{sparsity: 0}",
+        "{schedule: adaptive}",
+        "{schedule: adaptive, sparsity: 0.9, saliency: taylor, allocation: global}",
+        "{schedule: rising_loss, granularity: channel, allocation: global}",
+        "{schedule: threshold_ramp}",
+        "{schedule: threshold_ramp, granularity: 4x1, saliency: {magnitude: {norm: l2}}, relaxation: latent, gradient: dense}",
         "{granularity: 2:4}",
         "{granularity: 2:4, allocation: global, schedule: {list: {sparsity: [0.25, 0.5], every: 1 steps}}}",
         "{granularity: 2:4, schedule: cubic}",
@@ -301,9 +371,9 @@ def test_impossible_combinations_are_refused(yaml, said):
         "{sparsity: 0.5, allocation: {uniform: {per: row}}, saliency: wanda}",
         "{sparsity: 0.5, granularity: layer, saliency: taylor}",
         # not judged: these come later
-        "{relaxation: hard_concrete, granularity: filter, saliency: score, gradient: dense}",
-        "{saliency: signal_to_noise, selection: {threshold: 1}, relaxation: variational_noise}",
-        "{selection: {hysteresis: {at: 0.1}}}",
+        "{relaxation: hard_concrete, granularity: filter, penalty: expected_l0}",
+        "{sparsity: 0.9, saliency: signal_to_noise, relaxation: variational_noise, schedule: {one_shot: {at: 1 run}}}",
+        "{selection: {hysteresis: {rate: 0.1}}, relaxation: latent, gradient: dense, schedule: {constant: {every: 1 steps}}}",
         "{selection: {threshold: 0.1}}",
         "{selection: {threshold: {value: 0.1}}, schedule: {constant: {every: 1 epochs}}, granularity: filter}",
         "{granularity: layer, relaxation: {dropout: {rate: 0.2}}}",
@@ -314,8 +384,14 @@ def test_impossible_combinations_are_refused(yaml, said):
         "{sparsity: 0.5, granularity: input_channel, saliency: activity}",
         "{granularity: channel, penalty: group_lasso}",
         "{granularity: 4x1, penalty: {group_lasso: {apply: proximal}}}",
-        "{sparsity: 0.9, growth: momentum}",
-        "{sparsity: 0.9, saliency: signal_to_noise, relaxation: straight_through}",
+        f"{{sparsity: 0.9, growth: momentum, {UPDATES}}}",
+        f"{{sparsity: 0.9, growth: locality, granularity: kernel, {UPDATES}}}",
+        "{sparsity: 0.9, growth: rewiring, schedule: {constant: {every: 1 steps, end: 1 run}}}",
+        f"{{sparsity: 0.9, growth: gradient, allocation: {{uniform: {{per: row, ablation: 0.3}}}}, {UPDATES}}}",
+        "{sparsity: 0.9, selection: gumbel, granularity: 2x2}",
+        "{sparsity: 0.9, selection: bernoulli, allocation: global}",
+        "{sparsity: 0.9, gradient: selected, schedule: {one_shot: {at: 1 run}}}",
+        "{penalty: l1, gradient: {selected: 0.5}}",
         "{sparsity: 0.9, memory: error_feedback, target: gradients}",
     ],
 )

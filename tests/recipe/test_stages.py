@@ -50,13 +50,29 @@ def test_every_field_of_a_stage_is_read_and_written():
     assert recipe.final_sparsity is None
 
 
+def test_what_is_said_of_signs_and_stable_masks_is_written_as_it_was_read():
+    text = """
+    stages:
+    - {save: initial}
+    - {for: 1 run, until: masks_stable, sparsity: 0.5, schedule: mask_stability}
+    - restore: {weights: initial, as: signs}
+    - restore: {weights: fresh, optimizer: fresh}
+    """
+    recipe = Recipe.from_yaml(text)
+    assert [stage.until for stage in recipe.stages] == [None, "masks_stable", None, None]
+    assert (recipe.stages[2].restore.as_, recipe.stages[3].restore.as_) == ("signs", "values")
+    assert recipe.stages[3].restore.snapshots() == []
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert YAML(typ="safe").load(recipe.to_yaml()) == YAML(typ="safe").load(text)
+
+
 def test_components_to_come_are_found_in_every_stage():
     recipe = Recipe.from_yaml(
-        "stages: [{stages: [{prune: {fraction: 0.1, saliency: signal_to_noise}}, {for: 1 run, objective: adversarial}]},"
+        "stages: [{stages: [{prune: {fraction: 0.1, selection: sampled_top_k}}, {for: 1 run, objective: adversarial}]},"
         " {for: 1 run, target: heads}]"
     )
-    assert recipe.missing == ["saliency 'signal_to_noise'", "objective 'adversarial'", "target 'heads'"]
-    with pytest.raises(InputError, match="cannot run yet: saliency 'signal_to_noise', "):
+    assert recipe.missing == ["selection 'sampled_top_k'", "objective 'adversarial'", "target 'heads'"]
+    with pytest.raises(InputError, match="cannot run yet: selection 'sampled_top_k', "):
         recipe.require_complete()
 
 
@@ -132,7 +148,28 @@ def test_stages_take_slots_of_the_recipe_around_them():
         ("[{for: 1 run, save: keep}]", "stages[0].save: 'keep' cannot name a snapshot"),
         ("[{for: 1 run, save: ''}]", "stages[0].save: "),
         ("[{restore: {}}]", "stages[0].restore: restores nothing; name a snapshot for weights, optimizer or learning_rate"),
-        ("[{restore: {weights: fresh}}]", "stages[0].restore.weights: 'fresh' is for the optimizer"),
+        ("[{restore: {learning_rate: fresh}}]", "stages[0].restore.learning_rate: 'fresh' is for weights and optimizer; name a snapshot"),
+        (
+            "[{restore: {optimizer: fresh, as: signs}}]",
+            "stages[0].restore.as: 'signs' are those of a snapshot's weights; name it in weights",
+        ),
+        ("[{restore: {weights: fresh, as: signs}}]", "stages[0].restore.as: 'signs' are those of a snapshot's weights"),
+        ("[{save: a}, {restore: {weights: a, as: sign}}]", "stages[1].restore.as: Input should be 'values' or 'signs', got 'sign'"),
+        ("[{restore: {weights: a, as: signs}}]", "stages[0].restore: no earlier stage saves 'a'"),
+        (
+            "[{until: masks_stable, sparsity: 0.5, schedule: mask_stability}]",
+            "stages[0].until: ends a stage early, so say how long it lasts",
+        ),
+        ("[{for: 1 run, until: later}]", "stages[0].until: Input should be 'masks_stable', got 'later'"),
+        (
+            "[{for: 1 run, until: masks_stable}]",
+            "stages[0].until: 'masks_stable' needs a sparsity and a schedule that waits for stable masks",
+        ),
+        (
+            "[{for: 1 run, until: masks_stable, sparsity: 0.5, schedule: cubic}]",
+            "stages[0].until: 'masks_stable' needs a sparsity and a schedule that waits for stable masks; choices: mask_stability",
+        ),
+        ("[{until: masks_stable, stages: [{for: 1 run}]}]", "stages[0].until: a stage with stages says only repeat"),
         ("[{restore: {weight: a}}]", "stages[0].restore: unknown field 'weight'; did you mean 'weights'?"),
         ("[{restore: {weights: ticket}}]", "stages[0].restore: no earlier stage saves 'ticket'; choices: fresh, keep"),
         (
@@ -140,7 +177,7 @@ def test_stages_take_slots_of_the_recipe_around_them():
             "stages[1].restore: no earlier stage saves 'tiket'; did you mean 'ticket'?",
         ),
         ("[{restore: {weights: late}}, {for: 1 run, save: late}]", "stages[0].restore: no earlier stage saves 'late'"),
-        ("[{finish: cut}]", "stages[0].finish: Input should be 'shrink', got 'cut'"),
+        ("[{finish: cut}]", "stages[0].finish: must be shrink, or {widen: {factor: 1.5}}, got 'cut'"),
         (
             "[{sparsity: 0.5, finish: shrink}]",
             "stages[0].finish: 'shrink' removes whole channels, not pieces of 'element'; choices: granularity channel, ",

@@ -32,6 +32,36 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
     return student_two_sided((fmean(first) - fmean(second)) / math.sqrt(v + w), freedom)
 
 
+def paired_interval(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
+    """Return the mean of ``first - second``, pair by pair, and half the width of its confidence interval by Student's t distribution.
+
+    ``half = t s / sqrt(n)`` with s the standard deviation of the n differences and ``P(|T| >= t) = 1 - level`` at ``n - 1`` degrees of
+    freedom. It is None for a single pair.
+
+    Args:
+        first: at least one number.
+        second: as many.
+        level: in (0, 1).
+
+    Source: Student 1908.
+
+    >>> mean, half = paired_interval([3.0, 5.0], [2.0, 2.0], level=0.5)
+    >>> round(mean, 9), round(half, 9)  # t = 1 at one degree of freedom, s = sqrt(2)
+    (2.0, 1.0)
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    n = len(differences)
+    if n < 2:
+        return fmean(differences), None
+    low, high = 0.0, 1.0
+    while student_two_sided(high, n - 1) > 1 - level:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_two_sided(middle, n - 1) > 1 - level else (low, middle)
+    return fmean(differences), high * math.sqrt(variance(differences) / n)
+
+
 def student_two_sided(t: float, freedom: float) -> float:
     """Return ``P(|T| >= |t|)`` for T of Student's t distribution: ``I_x(freedom / 2, 1 / 2)`` at ``x = freedom / (freedom + t²)``.
 
