@@ -208,3 +208,137 @@ def test_a_resumed_training_equals_the_uninterrupted_one(kind):
 def test_what_changes_over_a_run_needs_its_length():
     with pytest.raises(InputError, match="pass total_steps="):
         niwaki.Sparsifier(net(), recipe("relaxation: sigmoid_anneal"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_where_gates_are_closed_not_where_a_weight_is_zero(kind):
+    model = net()
+    with torch.no_grad():
+        model.fc1.bias.zero_()
+        model.fc2.weight[3, 4] = 0.0
+    text = f"granularity: channel\nrelaxation: {{{KINDS[kind]}}}"
+    sparsifier = niwaki.Sparsifier(model, recipe(text), total_steps=4, example=(batch(0)[0],))
+    closed = {gates.name: gates.mode == 0 for gates in sparsifier._gates}
+    assert torch.equal(sparsifier.masks["fc1.bias"], ~closed["fc1"])
+    assert torch.equal(sparsifier.masks["fc2.weight"], ~(closed["fc2"][:, None] | closed["fc1"][None, :]))
+    before = sparsifier.masks
+    assert sparsifier.finalize().masks == before
+
+
+def test_gates_that_close_are_masked_beside_the_masks_of_an_earlier_stage():
+    earlier = niwaki.Masks({"fc1.weight": torch.rand(24, 128, generator=torch.Generator().manual_seed(0)) > 0.5})
+    sparsifier = niwaki.Sparsifier(net(), recipe("granularity: output_channel\nrelaxation: factor"), masks=earlier, total_steps=4)
+    assert torch.equal(sparsifier.masks["fc1.weight"], earlier["fc1.weight"])
+    [gates] = [gates for gates in sparsifier._gates if gates.name == "fc1.weight"]
+    with torch.no_grad():
+        gates.own["factor"][7] = 0.0
+    sparsifier._draw()
+    expected = earlier["fc1.weight"].clone()
+    expected[7] = False
+    assert torch.equal(sparsifier.masks["fc1.weight"], expected)
+    assert torch.equal(sparsifier.finalize().masks["fc1.weight"], expected)
+
+
+def test_a_cut_of_all_units_together_ranks_gates_by_their_scores_alone():
+    """Not by those of the units that their tensors also read, or by how many tensors a unit is in."""
+    text = "sparsity: 0.5\ngranularity: channel\nsaliency: score\nallocation: global\nschedule: {one_shot: {at: 1 run}}\nrelaxation: factor"
+    sparsifier = niwaki.Sparsifier(net(), recipe(text), total_steps=1, example=(batch(0)[0],))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for gates in sparsifier._gates:
+            gates.own["factor"].copy_(torch.randn(gates.own["factor"].shape, generator=generator))
+    sizes = torch.cat([gates.own["factor"].detach().abs() for gates in sparsifier._gates])
+    names = [gates.name for gates in sparsifier._gates]
+    best = torch.zeros(len(sizes), dtype=torch.bool)
+    best[torch.sort(sizes, descending=True, stable=True).indices[: len(sizes) // 2]] = True
+    sparsifier.step = 1
+    masks = sparsifier.finalize().masks
+    assert torch.equal(torch.cat([masks[f"{name}.bias"] for name in names]), best)
+
+
+@pytest.mark.parametrize("kind", ["step_gate", "stochastic_gate"])
+def test_binary_gates_are_exactly_zero_or_one(kind):
+    relaxation = recipe(f"relaxation: {{{KINDS[kind]}}}").relaxation
+    [name] = relaxation.initial_parameters((1,), Moment("x"))
+    own = {name: torch.linspace(-9.0, 9.0, 5001)}
+    assert set(relaxation.gate(own, Moment("x", step=1)).tolist()) == {0.0, 1.0}
+
+
+def test_gates_say_which_weight_gives_them_no_gradient():
+    model = net()
+    text = "granularity: channel\nrelaxation: factor\npenalty: {l1: {of: gate, strength: 0.1}}"
+    sparsifier = niwaki.Sparsifier(model, recipe(text), total_steps=4, example=(batch(0)[0],))
+    model.fc1.weight.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.warns(UserWarning, match=r"learns by the gradient of fc1\.weight, which requires none"):
+        sparsifier.attach(torch.optim.SGD(trained, lr=0.1))
+
+
+class Branches(nn.Module):
+    """Two layers read one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.left, self.right = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x):
+        hidden = torch.relu(self.shared(x))
+        return torch.relu(self.left(hidden)) + torch.relu(self.right(hidden))
+
+
+def test_gates_are_trained_where_any_weight_that_they_multiply_is():
+    model = Branches()
+    text = "granularity: channel\ntarget: {weights: {include: [shared]}}\nrelaxation: factor"
+    sparsifier = niwaki.Sparsifier(model, recipe(text), total_steps=4, example=(torch.ones(2, 4),))
+    [gates] = sparsifier._gates
+    _, second = (tensor.bound.parameter for tensor, _ in gates.acting)
+    optimizer = torch.optim.SGD([second], lr=0.1)
+    sparsifier.attach(optimizer)
+    assert any(gates.own["factor"] is parameter for parameter in optimizer.param_groups[-1]["params"])
+
+
+def test_a_copy_of_an_attached_optimizer_has_the_own_parameters_already():
+    model = net()
+    first = optimizer_of(model.parameters())
+    sparsifier = niwaki.Sparsifier(model, recipe("relaxation: hard_concrete")).attach(first)
+    second = torch.optim.SGD([dict(group) for group in first.param_groups], lr=0.1)
+    sparsifier.attach(second)
+    assert len(second.param_groups) == len(first.param_groups) == 2
+
+
+def test_a_rate_that_is_a_tensor_is_not_shared_with_the_weights():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1), foreach=False)
+    niwaki.Sparsifier(model, recipe("relaxation: hard_concrete")).attach(optimizer)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    train(model, optimizer, range(1), torch.float32)
+    scheduler.step()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
+
+
+def test_finalizing_where_the_mode_is_published_keeps_it():
+    text = "granularity: output_channel\nrelaxation: {stochastic_gate: {probability: 0.4}}"
+    model = net()
+    sparsifier = niwaki.Sparsifier(model, recipe(text))
+    assert bool(model.fc1.weight.any())  # a sample
+    with sparsifier.evaluating():
+        sparsifier.finalize()
+    assert not bool(model.fc1.weight.any())  # no gate is open more probably than not
+
+
+@pytest.mark.parametrize("relaxation", ["hard_concrete", "dynamic_threshold", "{variational_noise: {noise: weight}}"])
+def test_sparse_gradients_are_pulled_back(relaxation):
+    losses = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 6, sparse=sparse), nn.Flatten(), nn.Linear(12, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        text = f"target: {{weights: {{include: ['0.weight']}}}}\nrelaxation: {relaxation}"
+        niwaki.Sparsifier(model, recipe(text), total_steps=4).attach(optimizer)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = model(torch.arange(8).view(4, 2) + step).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:3] == losses[3:]

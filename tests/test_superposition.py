@@ -84,3 +84,13 @@ def test_masks_of_other_parameters_are_refused():
         infer_task(model, [], torch.ones(1, 2))
     with pytest.raises(InputError, match="other is not"):
         infer_task(model, [niwaki.Masks({"weight": mask}), niwaki.Masks({"other": mask})], torch.ones(1, 2))
+    with pytest.raises(InputError, match="weight is not"):
+        infer_task(model, [niwaki.Masks({"weight": mask[:1]})] * 2, torch.ones(1, 2))
+
+
+def test_a_normalization_in_training_mode_is_not_changed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = [niwaki.Masks({"0.weight": torch.rand(4, 4, generator=torch.Generator().manual_seed(i)) > 0.5}) for i in range(3)]
+    infer_task(model, masks, torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), halving=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -148,7 +148,7 @@ REFUSED = [
     # who learns
     (
         "{sparsity: 0.9, gradient: dense}",
-        "gradient: 'dense' needs a relaxation that keeps dense weights, not 'hard'; choices: active, or relaxation dropout, dynamic_threshold, ",
+        "gradient: 'dense' needs a relaxation that keeps dense weights, not 'hard'; choices: active, or relaxation dropout, ",
     ),
     ("{sparsity: 0.9, gradient: frozen}", "gradient: 'frozen' needs a relaxation that keeps dense weights, not 'hard'"),
     (

@@ -6,6 +6,8 @@ import pytest
 import torch
 from scipy import integrate, stats
 
+from niwaki.component import build
+from niwaki.errors import InputError
 from niwaki.relaxation import (
     Factor,
     Gate,
@@ -167,6 +169,15 @@ def test_log_normal_gates_agree_with_numerical_integration(mean, log_deviation):
     assert mode == (0.0 if ratio < 1.0 else pytest.approx(first, rel=1e-7))
     sample = gate.gate({name: value.expand(MANY) for name, value in own.items()}, Moment("x", seed=1, step=2)).log()
     assert stats.kstest(sample.numpy(), truncated.cdf).pvalue > 1e-3
+
+
+def test_log_normal_gates_begin_within_their_interval_which_must_be_one():
+    gate = LogNormalGate(lower=-30.0, upper=-2.0)
+    assert gate.initial_parameters((2,), Moment("x"))["mean"].tolist() == [-2.0, -2.0]
+    assert 0.0 < float(gate.gate(gate.initial_parameters((1,), Moment("x")), Moment("x", evaluating=True))) < math.exp(-2.0)
+    for lower, upper in ((0.0, -5.0), (0.0, 0.0)):
+        with pytest.raises(InputError, match=r"upper: .* must be above lower"):
+            build("relaxation", {"log_normal_gate": {"lower": lower, "upper": upper}})
 
 
 def test_gaussian_gates_have_their_mean_and_variance_and_close_when_mostly_noise():

@@ -165,3 +165,23 @@ def test_log_alpha_is_bounded_in_training_and_not_in_the_mask():
     assert float(relaxation.log_alpha(weight, own)[0]) > 9.0
     variance = relaxation.variance(weight, own)
     assert variance.tolist() == pytest.approx([math.exp(8.0) * 1e-8, math.exp(-5.0)], rel=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_noise_in_float16_is_finite(autocast):
+    """Zero inputs and weights, and inputs whose square float16 does not have."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 2)).to(torch.float32 if autocast else torch.float16)
+    with torch.no_grad():
+        model[1].weight[0] = 0.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    recipe = niwaki.Recipe.from_yaml((RECIPE % "noise: local") + "\npenalty: {kl: {strength: 1e-4}}")
+    niwaki.Sparsifier(model, recipe, total_steps=4).attach(optimizer)
+    for x in (torch.zeros(3, 6), torch.full((3, 6), 2000.0)):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            outputs = model.train()(x.to(model[0].weight.dtype))
+        outputs.float().abs().mean().backward()
+        assert bool(outputs.isfinite().all())
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for group in optimizer.param_groups for p in group["params"])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group, no_args_is_help=False, epilog="Example: niwaki bench upkeep")
 def bench() -> None:
-    """Measure on this machine: mask upkeep, selection; how many architectures removal works on; criteria for filters and weights; phenomena."""
+    """Measure on this machine: upkeep, selection; architectures that removal works on; criteria for filters and weights; phenomena."""
 
 
 @bench.command(epilog="\b\nExamples:\n  niwaki bench upkeep\n  niwaki bench upkeep --network resnet20 --rounds 50")
