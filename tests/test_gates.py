@@ -306,16 +306,6 @@ def test_a_copy_of_an_attached_optimizer_has_the_own_parameters_already():
     assert len(second.param_groups) == len(first.param_groups) == 2
 
 
-def test_a_rate_that_is_a_tensor_is_not_shared_with_the_weights():
-    model = net()
-    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1), foreach=False)
-    niwaki.Sparsifier(model, recipe("relaxation: hard_concrete")).attach(optimizer)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    train(model, optimizer, range(1), torch.float32)
-    scheduler.step()
-    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
-
-
 def test_finalizing_where_the_mode_is_published_keeps_it():
     text = "granularity: output_channel\nrelaxation: {stochastic_gate: {probability: 0.4}}"
     model = net()

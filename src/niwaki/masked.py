@@ -300,6 +300,11 @@ class MaskedTensor:
                 gone = self._gone(published if evaluating or not self.republishes else self._published(evaluating=True))
                 self.pruned = gone if self.cut is None else gone | self.cut
 
+    def restore(self, published: Tensor) -> None:
+        """Put back what was published for the coming step, given in the parameter's shape."""
+        self._write(published)
+        self._published_version = local(self.bound.parameter)._version
+
     def _gone(self, mode: Tensor) -> Tensor:
         """Return what the relaxation has decided to mask: where one of the gates is closed, not where an open one has a weight of zero."""
         if not self.gates:

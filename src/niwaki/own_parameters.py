@@ -67,8 +67,7 @@ def _add_group(optimizer: Optimizer, index: int, named: Mapping[str, Tensor], op
     """
     base = optimizer.param_groups[index]
     ratio = 1.0
-    kept = {k: v for k, v in base.items() if k not in ("params", "param_names")}
-    group: dict[str, Any] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}  # schedulers write into a tensor
+    group: dict[str, Any] = {k: v for k, v in base.items() if k not in ("params", "param_names")}
     if "lr" in options:
         initial = float(base.get("initial_lr", base["lr"]))
         ratio = float(options["lr"]) / initial if initial else 1.0  # type: ignore[arg-type]

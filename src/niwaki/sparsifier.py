@@ -583,7 +583,7 @@ class Sparsifier:
         finally:
             with torch.no_grad():
                 for name, published in ({} if self._finalized else kept).items():
-                    local(self._tensors[name].bound.parameter).copy_(published)
+                    self._tensors[name].restore(published)
 
     @torch.no_grad()
     def finalize(self) -> Sparsifier:
