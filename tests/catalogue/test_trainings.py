@@ -16,7 +16,10 @@ from niwaki.selection import kept as share_kept
 COPIES = ("eigendamage",)
 """Rows that return another model: `niwaki.prune` alone runs them, in test_runs."""
 
-STRONGER = {"str": {"relaxation": {"soft_threshold": {"initial": -3.0}}}}
+STRONGER = {
+    "str": {"relaxation": {"soft_threshold": {"initial": -3.0}}},
+    "gate_pruning_steps": {"relaxation": {"step_gate": {"learning_rate": 1.0}}, "penalty": {"l1": {"of": "gate", "strength": 0.1}}},
+}
 """What acts in so short a run where the published strength does not."""
 
 PLANNED = (OneShot, Iterative, Constant, Ramp, Listed, Phases)

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+import scipy.stats
 
 from niwaki.training.record import read
 
@@ -157,3 +160,44 @@ def test_relations_are_paired_by_seed(name):
 def test_the_pictures_of_the_league_are_up_to_date(name):
     league = results_module().league
     assert (ROOT / "docs" / league.PICTURES[name]).read_text(encoding="utf-8") == league.picture(name), "run: python docs/results.py"
+
+
+PHENOMENA = sorted((ROOT / "results" / "phenomena").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", PHENOMENA, ids=lambda path: path.stem)
+def test_every_phenomenon_that_was_measured_is_told_and_shown(path):
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"<!-- phenomenon: {path.stem} -->" in page
+    assert f"(phenomena_{path.stem}.svg)" in page
+    assert (ROOT / "docs" / f"phenomena_{path.stem}.svg").is_file()
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert not [row for row in rows if "error" in row]
+    table = results_module().phenomenon(path.stem)
+    assert f"\n\n{table}\n\n" in results_module().fill(page)
+    assert {row["network"] for row in rows} == {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]}
+
+
+def test_paired_differences_are_those_of_the_plain_json():
+    rows = json.loads((ROOT / "results" / "phenomena" / "dense_sparse_dense.json").read_text(encoding="utf-8"))["rows"]
+    table = results_module().phenomenon("dense_sparse_dense")
+    gains = [100 * (row["accuracy"]["0.3"] - row["accuracy"]["dense"]) for row in rows]
+    low, high = scipy.stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    assert f"| 30 % | {100 * fmean(row['accuracy']['dense'] for row in rows):.2f} ±" in table
+    assert f"| {fmean(gains):+.2f} ± {(high - low) / 2:.2f} | {sum(gain > 0 for gain in gains)} of {len(gains)} |" in table
+    rows = json.loads((ROOT / "results" / "phenomena" / "random_tickets.json").read_text(encoding="utf-8"))["rows"]
+    own = [row["accuracy"] for row in rows if row["mask"] == "synflow" and row["sparsity"] == 0.99]
+    changes = [100 * (accuracy["shuffled"] - accuracy["found"]) for accuracy in own]
+    low, high = scipy.stats.ttest_1samp(changes, 0).confidence_interval(0.95)
+    [line] = [line for line in results_module().phenomenon("random_tickets").splitlines() if "| 99 % | synflow |" in line]
+    assert f"| {fmean(changes):+.2f} ± {(high - low) / 2:.2f} |" in line
+
+
+def test_critical_compressions_are_those_of_the_plain_json():
+    rows = json.loads((ROOT / "results" / "phenomena" / "layer_collapse.json").read_text(encoding="utf-8"))["rows"]
+    table = results_module().phenomenon("layer_collapse")
+    for row in rows:
+        values = [other["critical"] for other in rows if (other["network"], other["method"]) == (row["network"], row["method"])]
+        mean = math.exp(fmean(map(math.log, values)))
+        [line] = [line for line in table.splitlines() if line.startswith(f"| {row['network']} | {row['method']} | {row['largest']:,.0f} |")]
+        assert line.split(" | ")[3].split(" ")[0] == f"{mean:,.0f}"

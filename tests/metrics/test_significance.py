@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from niwaki.metrics.significance import holm, incomplete_beta, student_two_sided, welch
+from niwaki.metrics.significance import holm, incomplete_beta, paired_interval, student_two_sided, welch
 
 groups = st.lists(st.floats(0, 1).map(lambda x: round(x, 3)), min_size=2, max_size=8)
 
@@ -50,3 +50,20 @@ def test_holm_is_the_closed_test_of_all_intersections(p_values):
     bonferroni = {s: min(1.0, len(s) * min(p_values[i] for i in s)) for s in subsets}
     expected = [max((p for s, p in bonferroni.items() if i in s), default=None) for i in range(len(p_values))]
     assert holm(p_values) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss:RuntimeWarning")
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8), st.floats(0.1, 0.999))
+def test_the_interval_of_paired_differences_equals_scipys(pairs, level):
+    first, second = map(list, zip(*pairs, strict=True))
+    mean, half = paired_interval(first, second, level)
+    expected = scipy.stats.ttest_rel(first, second)
+    if expected.statistic != expected.statistic or abs(expected.statistic) > 1e6:  # no spread but that of rounding
+        return
+    low, high = expected.confidence_interval(level)
+    assert mean - half == pytest.approx(low, rel=1e-6, abs=1e-9)
+    assert mean + half == pytest.approx(high, rel=1e-6, abs=1e-9)
+
+
+def test_one_pair_has_a_difference_and_no_interval():
+    assert paired_interval([0.75], [0.5]) == (0.25, None)

@@ -70,7 +70,7 @@ def method(name: str, sparsity: float | None = None, cut: bool = False, **fields
             return Recipe(**said | {"stages": _with_sparsity(row.stages, Slots(sparsity=sparsity).sparsity)})
     decides = combinations.decides(cast(Relaxation, build("relaxation", said.get("relaxation", "hard"))))
     if cut and not decides:
-        others = ", ".join(name for name, method in METHODS.items() if method.by_strength)
+        others = ", ".join(name for name, method in METHODS.items() if method.by_strength and method.recipe.relaxation.has_scores)
         raise InputError(f"cut: {name!r} reaches its sparsity without a final cut; choices: {others}")
     if cut and sparsity is None:
         raise InputError("cut: needs the sparsity to cut to")

@@ -259,7 +259,7 @@ class Experiment:
         result = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         lines = self.summary([row for row in rows if "error" not in row])
         for number, heading in enumerate(lines[0] if lines else ()):
-            result.add_column(heading, justify="left" if number == 0 else "right")
+            result.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
         for line in lines:
             result.add_row(*line.values())
         for row in rows:
@@ -328,13 +328,17 @@ def difference(first: Sequence[float], second: Sequence[float]) -> str:
     return f"{100 * mean:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
 
 
-def panels(figure: Figure, columns: int, rows: int = 1, width: float = 4.4, height: float = 3.4) -> list[Axes]:
-    """Return empty panels of a figure, one line after the other."""
-    figure.set_size_inches(1.2 + width * columns, height * rows)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+def panels(figure: Figure, count: int) -> list[Axes]:
+    """Return empty panels of a figure, two or three in a line."""
+    columns = count if count <= 3 else 2 if count == 4 else 3
+    lines = -(-count // columns)
+    figure.set_size_inches(1.2 + 4.4 * columns, 3.4 * lines)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for one in axes:
         one.grid(axis="y", linewidth=0.3)
         one.tick_params(labelsize=8)
         for side in ("top", "right"):
             one.spines[side].set_visible(False)
-    return axes
+    for one in axes[count:]:
+        one.set_visible(False)
+    return axes[:count]

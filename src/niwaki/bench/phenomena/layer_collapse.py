@@ -105,7 +105,7 @@ def draw(rows: Sequence[Row], figure: Figure) -> None:
     """Draw the critical compressions of all networks, and the accuracies of those that were trained."""
     networks = grouped(rows, "network")
     trained = {name: own for (name,), own in networks.items() if own[0]["accuracy"]}
-    axes = panels(figure, len(networks) + len(trained), width=4.0)
+    axes = panels(figure, len(networks) + len(trained))
     for axis, ((network,), own) in zip(axes, networks.items(), strict=False):
         methods = grouped(own, "method")
         for place, ((_,), same) in enumerate(methods.items()):
@@ -128,7 +128,7 @@ def draw(rows: Sequence[Row], figure: Figure) -> None:
         axis.set_xlabel("compression", fontsize=9)
         axis.set_ylabel("accuracy, %", fontsize=9)
         axis.set_title(f"{network}, trained", fontsize=10, loc="left")
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="lower left")
 
 
 LAYER_COLLAPSE = Experiment(

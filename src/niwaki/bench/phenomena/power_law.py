@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPARSITY = 0.955
-"""About 20 connections for each neuron of two neighbouring layers of 1000, as in the paper."""
+"""Of the two layers: 20 connections for each neuron that they join, as in the paper (epsilon = 20), so about 40 a neuron on each side."""
 
 REMOVED: Mapping[str, str | None] = {"nothing": None, "random": "random", "smallest": "magnitude"}
 """What is removed at an update -> the saliency; as many connections grow at random."""
@@ -135,9 +135,11 @@ def _range(values: Sequence[int]) -> str:
 
 def draw(rows: Sequence[Row], figure: Figure) -> None:
     """Draw the share of neurons with at least so many connections, of the first seed: both axes logarithmic, a power law is a line."""
+    from matplotlib.ticker import LogLocator
+
     first = [row for row in rows if row["seed"] == 0 and row["network"] == rows[0]["network"]]
     neurons = list(first[0]["neurons"])
-    for axis, name in zip(panels(figure, 2, -(-len(neurons) // 2)), neurons, strict=False):
+    for axis, name in zip(panels(figure, len(neurons)), neurons, strict=True):
         for colour, row in zip(COLOURS, first, strict=False):
             fit = row["neurons"][name]
             degrees, counts = np.array([pair.split(":") for pair in fit["degrees"].split()], dtype=np.int64).T
@@ -149,9 +151,13 @@ def draw(rows: Sequence[Row], figure: Figure) -> None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_ylim(0.5 / counts.sum(), 1.5)
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+        axis.xaxis.set_minor_formatter("{x:.0f}")
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.tick_params(which="minor", labelsize=8)
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_xlabel("connections", fontsize=9)
-        axis.set_ylabel("share of neurons with as many", fontsize=9)
+        axis.set_ylabel("share of neurons with at least as many", fontsize=9)
         axis.legend(fontsize=8, frameon=False)
 
 
@@ -159,8 +165,8 @@ POWER_LAW = Experiment(
     statement="Power-law topology (survey 6.3; Mocanu et al. 2018): random regrowth with removal of small weights leads to numbers of"
     " connections that are distributed by a power law, with a few hubs.",
     definitions=(
-        "A perceptron begins with random connections (Erdős-Rényi, sparsity 0.955, about 20 for each neuron of two layers; the last layer"
-        " is dense). removed: at every update 30 % of the connections, the smallest or random ones, and as many grow at random; or"
+        "A perceptron begins with random connections (Erdős-Rényi, sparsity 0.955, about 40 a neuron on each side; the last layer is"
+        " dense). removed: at every update 30 % of the connections, the smallest or random ones, and as many grow at random; or"
         " nothing.",
         "Tails by Clauset, Shalizi and Newman 2009: α: the likeliest exponent. from: where the tail begins, by the smallest distance"
         " (Kolmogorov-Smirnov), with at least 50 neurons in it. p of the fit: share of simulated power laws that fit worse; below 0.1 it is"
